@@ -1,0 +1,144 @@
+"""Linear -> the twin components written out in plain torch: the definition of correctness.
+
+In: a graph with linears, from dynamo or from torch.export, and the quantized components of some of them.
+Out: transform, quantize, residual product, down, up, add, bias, by inlining the references of our ops; the
+components' tensors become buffers. The bias is the one of the components, which may have absorbed something,
+never the original node. Dead weight placeholders stay: dynamo keeps books on them.
+Must hold after: every linear left is named with a reason in ``gm.meta["decompose_linear"]``.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.fx
+from torch.nn.functional import linear
+
+from tqcompile.methods.components import LinearSpec, QuantizedLinear
+from tqcompile.passes.base import Pass
+from tqcompile.passes.buffers import attach_buffer, example_value
+from tqcompile.passes.find_linears import is_linear
+from tqcompile.passes.reference_graphs import (
+    TWIN_TENSORS,
+    inline,
+    quantize_graph,
+    trace,
+    transform_graph,
+    twin_graph,
+)
+
+Components = Mapping[str, QuantizedLinear] | Callable[[torch.fx.Node], QuantizedLinear | str]
+
+_ARGUMENTS = {
+    "transform.input_scale": "input_scale",
+    "transform.rotation": "rotation",
+    "residual.weight_packed": "residual",
+    "residual.weight_scale": "residual_scale",
+    "down.weight_packed": "down",
+    "down.weight_scale": "down_scale",
+    "up.weight_packed": "up",
+    "up.weight_scale": "up_scale",
+    "down": "dense_down",
+    "up": "dense_up",
+    "bias": "bias",
+}
+_TRANSFORM = ("input_scale", "rotation")
+_INHERITED = ("nn_module_stack", "source_fn_stack", "stack_trace", "from_node")
+
+
+def linear_operands(node: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node, torch.fx.Node | None]:
+    """(x, weight, bias or None) of a linear node, however they were passed."""
+    given = {**dict(zip(("input", "weight", "bias"), node.args, strict=False)), **node.kwargs}
+    return given["input"], given["weight"], given.get("bias")
+
+
+class DecomposeLinear(Pass):
+    """``components``: linear node name -> QuantizedLinear, or a function of the node that may answer with a
+    reason to leave that linear alone. ``gm.meta["decompose_linear"]`` collects the reasons by node name."""
+
+    name = "decompose_linear"
+
+    def __init__(self, components: Components):
+        self._components = components
+
+    def _choose(self, node: torch.fx.Node) -> QuantizedLinear | str:
+        if isinstance(self._components, Mapping):
+            return self._components.get(node.name, "no components were given for it")
+        return self._components(node)
+
+    def call(self, gm: torch.fx.GraphModule) -> bool:
+        left, buffers = {}, {}
+        linears = [n for n in gm.graph.nodes if is_linear(n) and "reference_of" not in n.meta]
+        for node in linears:
+            quantized = self._choose(node)
+            if isinstance(quantized, str):
+                left[node.name] = quantized
+                continue
+            self._check(node, quantized)
+            with gm.graph.inserting_before(node):
+                tensors = {
+                    _ARGUMENTS[key]: self._buffer(
+                        gm, f"tq_{node.name}_{key.replace('.', '_')}", tensor, buffers
+                    )
+                    for key, tensor in quantized.tensors.items()
+                }
+                result = self._written_out(gm.graph, node, quantized.spec, tensors)
+            result.meta = {**node.meta, "reference_of": result.meta["reference_of"]}
+            node.replace_all_uses_with(result)
+            gm.graph.erase_node(node)
+        gm.meta[self.name] = left
+        return len(left) < len(linears)
+
+    def ensures(self, gm: torch.fx.GraphModule) -> None:
+        for node in gm.graph.nodes:
+            if is_linear(node) and "reference_of" not in node.meta and node.name not in gm.meta[self.name]:
+                raise self.fail("this linear was neither replaced nor left with a reason", node)
+
+    def _check(self, node: torch.fx.Node, quantized: QuantizedLinear) -> None:
+        x, weight, bias = linear_operands(node)
+        spec, weight = quantized.spec, example_value(weight)
+        if weight is not None and tuple(weight.shape) != (spec.out_features, spec.in_features):
+            raise self.fail(
+                f"the weight is {tuple(weight.shape)} but its components are for "
+                f"({spec.out_features}, {spec.in_features}); quantize this weight again",
+                node,
+            )
+        if bias is not None and "bias" not in quantized.tensors:
+            raise self.fail("it has a bias, its components have none; quantize it with its bias", node)
+        if example_value(x) is None:
+            raise self.fail("the dtype of the input is unknown; trace the graph with example inputs", node)
+
+    def _buffer(self, gm, name: str, tensor: torch.Tensor, buffers: dict[int, str]) -> torch.fx.Node:
+        # A layer that is called twice has one set of buffers.
+        if id(tensor) not in buffers:
+            attach_buffer(gm, name, tensor)
+            buffers[id(tensor)] = name
+        return gm.graph.get_attr(buffers[id(tensor)])
+
+    def _written_out(
+        self, graph: torch.fx.Graph, node: torch.fx.Node, spec: LinearSpec, tensors: dict[str, torch.fx.Node]
+    ) -> torch.fx.Node:
+        """The same steps as ``TwinLinear.forward``, with references in the place of the ops."""
+        inherited = {key: node.meta[key] for key in _INHERITED if key in node.meta}
+        x = operand = linear_operands(node)[0]
+        dtype = example_value(x).dtype
+
+        def insert(reference: torch.fx.Graph, op: str, **more: torch.fx.Node):
+            return inline(graph, reference, {**tensors, **more}, {**inherited, "reference_of": op})
+
+        transforms = ("x", *(name for name in _TRANSFORM if name in tensors))
+        scale = {}
+        if spec.act_bits == 16:
+            operand = insert(transform_graph(transforms), "transform", x=x)
+        else:
+            operand, scale["x_scale"] = insert(quantize_graph(transforms), "quantize_activation", x=x)
+        present = tuple(name for name in TWIN_TENSORS if name in {"x": x, **scale, **tensors})
+        y = insert(twin_graph(present, spec.act_ratio, dtype), "twin_linear", x=operand, **scale)
+        if "dense_down" in tensors:
+            dense = operand if spec.act_bits == 16 else insert(transform_graph(transforms), "transform", x=x)
+            low_rank = trace(_dense_low_rank, ("y", "dense", "dense_down", "dense_up"), dtype=dtype)
+            y = insert(low_rank, "low_rank", y=y, dense=dense)
+        return y
+
+
+def _dense_low_rank(y, dense, dense_down, dense_up, dtype):
+    return y + linear(linear(dense, dense_down.to(dtype)), dense_up.to(dtype))

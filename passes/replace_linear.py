@@ -1,0 +1,38 @@
+"""Model in, model out: named ``nn.Linear`` modules are replaced by ``TwinLinear``, which frees their weights.
+
+Requires that every name is a linear of the model. The journal undoes everything when a later step raises.
+"""
+
+import torch
+from torch import nn
+
+
+class Journal:
+    """Records how to restore a model, so that a failed ``compile`` leaves it as it was."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._modules: list[tuple[str, nn.Module]] = []
+        self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Put ``module`` in the place of the submodule ``name``."""
+        self._modules.append((name, self._model.get_submodule(name)))
+        self._set(name, module)
+
+    def remember(self, module: nn.Module) -> None:
+        """Keep a copy of a small module's own parameters before they are changed in place."""
+        for parameter in module.parameters(recurse=False):
+            self._tensors.append((parameter, parameter.detach().clone()))
+
+    def restore(self) -> None:
+        """Put everything back, newest first."""
+        with torch.no_grad():
+            for name, module in reversed(self._modules):
+                self._set(name, module)
+            for parameter, copy in reversed(self._tensors):
+                parameter.copy_(copy)
+
+    def _set(self, name: str, module: nn.Module) -> None:
+        parent, _, attribute = name.rpartition(".")
+        setattr(self._model.get_submodule(parent), attribute, module)

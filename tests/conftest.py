@@ -1,0 +1,19 @@
+"""Shared test set-up: Triton's interpreter where there is no GPU, and the `gpu` marker."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read by @triton.jit when a kernel module is imported, so it must be set before any test runs.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU; torch.cuda.is_available() is False")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)

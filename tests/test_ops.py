@@ -1,0 +1,150 @@
+"""The ops: torch's own contract checks, and the references against an independent numpy implementation."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from random_components import packed
+
+from tqcompile import ops
+from tqcompile.ops.packing import dequantize_int4, pack_int4, unpack_int4
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+SHAPES = ((5, 64), (2, 3, 64), (0, 64), (64,))
+
+
+def integers(packed_values: torch.Tensor) -> np.ndarray:
+    """Unpack without any of the code under test."""
+    nibbles = np.stack([packed_values.numpy() & 15, packed_values.numpy() >> 4], -1).reshape(
+        len(packed_values), -1
+    )
+    return np.where(nibbles > 7, nibbles.astype(int) - 16, nibbles.astype(int)).astype(np.float64)
+
+
+def wide(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.double().numpy()
+
+
+def dense(values: torch.Tensor, scale: torch.Tensor) -> np.ndarray:
+    q = integers(values)
+    return q * np.repeat(wide(scale), q.shape[1] // scale.shape[1], axis=1)
+
+
+def twin_arguments(shape, dtype, integer, ratio, rank, bias, n=20, groups=2, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    k = shape[-1]
+    x, x_scale = torch.randn(shape, generator=g).to(dtype), None
+    if integer:
+        x, x_scale = ops.quantize_activation_reference(x)
+    residual = packed(n, k, groups, g)
+    down, up = (packed(rank, k, groups, g), packed(n, rank, 1, g)) if rank else ((None, None), (None, None))
+    b = torch.randn(n, generator=g).to(dtype) if bias else None
+    return (x, x_scale, *residual, *down, *up, b, ratio, dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_activation_keeps_the_contract_of_torch_library(shape, dtype):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(shape, generator=g).to(dtype)
+    scale, rotation = torch.rand(64, generator=g) + 0.5, torch.randn(16, 16, generator=g).bfloat16()
+    for args in ((x,), (x, scale), (x, None, rotation), (x, scale, rotation)):
+        torch.library.opcheck(ops.quantize_activation, args)
+
+
+@pytest.mark.parametrize(
+    ("integer", "ratio", "rank", "bias"),
+    [
+        (integer, ratio, rank, bias)
+        for integer in (False, True)
+        for ratio in ((0.0, 0.061) if integer else (0.0,))
+        for rank in (0, 6)
+        for bias in (False, True)
+    ],
+)
+def test_twin_linear_keeps_the_contract_of_torch_library(integer, ratio, rank, bias):
+    # The full product would take minutes; each form meets each shape, and each dtype.
+    for i, shape in enumerate(SHAPES):
+        args = twin_arguments(shape, DTYPES[i % 3], integer, ratio, rank, bias)
+        torch.library.opcheck(ops.twin_linear, args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_activation_is_the_formula(dtype):
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(7, 96, generator=g).to(dtype)
+    x[3] = 0
+    scale, rotation = torch.rand(96, generator=g) + 0.5, torch.randn(32, 32, generator=g).bfloat16()
+    h = wide((x.float() * scale).to(dtype)).reshape(7, 3, 32) @ wide(rotation.to(dtype))
+    h = h.reshape(7, 96)
+    q, x_scale = ops.quantize_activation(x, scale, rotation)
+    assert q.dtype == torch.int8
+    assert x_scale.shape == (7, 1)
+    assert x_scale.dtype == torch.float32
+    expected = np.maximum(np.abs(h).max(-1, keepdims=True), 1e-30) / 127
+    np.testing.assert_allclose(wide(x_scale), expected, rtol=1e-5)
+    # Half a step of rounding, and what float32 sums of 32 products may move a value across a boundary.
+    assert np.abs(wide(q) * wide(x_scale) - h).max() <= 0.5001 * expected.max()
+    assert not q[3].any()
+    assert q.abs().amax(-1)[:3].eq(127).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [0, 10])
+@pytest.mark.parametrize(("integer", "ratio"), [(False, 0.0), (True, 0.0), (True, 7 / 114.3)])
+def test_twin_linear_is_the_formula(dtype, rank, integer, ratio):
+    args = twin_arguments((3, 5, 96), dtype, integer, ratio, rank, True, n=33, groups=3, seed=3)
+    x, x_scale, residual, residual_scale, down, down_scale, up, up_scale, bias, _, _ = args
+    values, scale = wide(x), wide(x_scale) if integer else 1.0
+    # x * ratio is rounded in float32, so that the integers are the same ones.
+    operand = np.clip(np.rint((x.float() * ratio).numpy()), -8, 7) / ratio if ratio else values
+    terms = [operand @ dense(residual, residual_scale).T * scale, wide(bias)]
+    size = np.abs(operand) @ np.abs(dense(residual, residual_scale)).T * scale + np.abs(wide(bias))
+    if rank:
+        t = values @ dense(down, down_scale).T * scale
+        terms.append(t @ dense(up, up_scale).T)
+        size = size + np.abs(t) @ np.abs(dense(up, up_scale)).T
+    got = ops.twin_linear(*args)
+    assert got.dtype == dtype
+    assert got.shape == (3, 5, 33)
+    # One rounding of the result and one of t, each half an ulp; float32 sums of 96 terms.
+    assert (np.abs(wide(got) - sum(terms)) <= size * (EPS[dtype] + 100 * EPS[torch.float32])).all()
+
+
+@given(st.integers(1, 5), st.integers(1, 9), st.randoms(use_true_random=False))
+def test_packing_round_trip(rows, pairs, random):
+    values = torch.tensor([[random.randint(-8, 7) for _ in range(2 * pairs)] for _ in range(rows)])
+    stored = pack_int4(values)
+    assert stored.shape == (rows, pairs)
+    assert stored.dtype == torch.uint8
+    assert torch.equal(unpack_int4(stored).long(), values)
+    assert np.array_equal(integers(stored), values.numpy())
+    scale = torch.rand(rows, pairs)
+    expected = values * scale.repeat_interleave(2, -1)
+    assert torch.equal(dequantize_int4(stored, scale), expected)
+
+
+def test_pack_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="must be even"):
+        pack_int4(torch.zeros(2, 3, dtype=torch.int8))
+    for value in (-9, 8):
+        with pytest.raises(ValueError, match=r"\[-8, 7\]"):
+            pack_int4(torch.tensor([[0, value]]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.__setitem__(1, None), "int8 x comes with x_scale"),
+        (lambda a: a.__setitem__(6, None), "down and up come together"),
+        (lambda a: a.__setitem__(2, a[2][:, :-1]), "residual must be"),
+        (lambda a: a.__setitem__(8, a[8][:-1]), "bias must be"),
+    ],
+)
+def test_wrong_arguments_are_refused_while_tracing(change, message):
+    args = list(twin_arguments((4, 64), torch.float32, True, 0.0, 6, True))
+    change(args)
+    with pytest.raises(RuntimeError, match=message):
+        ops.twin_linear(*[a.to("meta") if isinstance(a, torch.Tensor) else a for a in args])

@@ -1,0 +1,280 @@
+"""``compile``: the main pipeline, from a model and calibration data to a quantized model.
+
+    check -> load data -> capture and analyse -> per block: calibrate -> choose scales -> absorb -> transform
+    -> quantize -> replace -> measure -> freeze -> torch.compile
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from tqcompile import recipes
+from tqcompile.calibration import Unit, collect_statistics, device_of, split_into_units
+from tqcompile.checkpoint import quantization_config
+from tqcompile.config import Config, Scheme
+from tqcompile.data import Batch, load_calibration
+from tqcompile.errors import ConfigError, ModelError
+from tqcompile.methods.components import QuantizedLinear
+from tqcompile.methods.statistics import SiteStatistics
+from tqcompile.methods.twin import (
+    SiteProblem,
+    SiteTransform,
+    absorbed,
+    choose_scale,
+    closed_form_transform,
+    quantize_site,
+)
+from tqcompile.modules import TwinLinear
+from tqcompile.passes.absorb_scale import absorb_into_norm, producer_channel, producer_scale
+from tqcompile.passes.analyze import analyze
+from tqcompile.passes.plan import Absorber, Site
+from tqcompile.passes.replace_linear import Journal
+from tqcompile.progress import Progress
+from tqcompile.reporting import LayerRecord, Report, output_error, stored_bits
+
+def compile(
+    model: nn.Module,
+    calib_data: Any = None,
+    *,
+    scheme: str | None = None,
+    config: Config | None = None,
+    tokenizer: Any = None,
+    backend: str | None = "auto",
+    progress: bool = True,
+    **overrides: Any,
+) -> nn.Module:
+    """Quantize the linear layers of a model in place.
+
+    Args:
+        model: any ``nn.Module``; Hugging Face models keep ``.generate()`` and ``save_pretrained``.
+        calib_data: texts (with ``tokenizer``), token-id lists, a [B, S] tensor, dicts of model arguments, a
+            DataLoader or other iterable of these, or a Hugging Face Dataset. None quantizes without data.
+        scheme: e.g. ``"twin-w4a8"``; see ``tqcompile.SCHEMES``. config: all settings; overrides: single settings.
+        backend: "twinquant" compiles the result in place with torch.compile, None leaves it eager, "auto" compiles
+            where the model is on a GPU.
+        progress: show a progress bar on stderr.
+    Returns:
+        the same model: quantized, in eval mode, parameters frozen. ``tqcompile.report(model)`` tells what was done.
+    Raises:
+        ConfigError, ModelError, CalibrationError, NumericError: named with the module or setting at fault; the
+            model is then as it was.
+    """
+    config = _resolve(config, scheme, overrides)
+    if backend not in ("auto", "twinquant", None):
+        raise ConfigError(f"backend must be 'auto', 'twinquant' or None, got {backend!r}")
+    with _frozen_while_working(model) as journal:
+        quantized, report = _quantize(model, calib_data, tokenizer, config, journal, progress, absorb=True)
+    model.requires_grad_(False)
+    _mark(model, config, report)
+    if backend == "twinquant" or (backend == "auto" and device_of(model).type == "cuda"):
+        model.compile(backend="twinquant", dynamic=True)
+    return model
+
+
+def attach_recipe(
+    model: nn.Module,
+    calib_data: Any = None,
+    *,
+    scheme: str | None = None,
+    config: Config | None = None,
+    tokenizer: Any = None,
+    progress: bool = True,
+    **overrides: Any,
+) -> Report:
+    """Calibrate a model for ``torch.compile(model, backend="twinquant")`` and leave it as it is.
+
+    The quantized components are remembered beside the model's parameters (weakly), and the backend uses them in
+    place of quantizing without data. Nothing is absorbed, so every transform stays on-line.
+
+    Arguments and errors are those of :func:`compile`. Returns the report.
+    """
+    config = _resolve(config, scheme, overrides)
+    with _frozen_while_working(model) as journal:
+        quantized, report = _quantize(model, calib_data, tokenizer, config, journal, progress, absorb=False)
+        journal.restore()
+    for name, result in quantized.items():
+        recipes.attach(model.get_parameter(f"{name}.weight"), result)
+    return report
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ModelError when a model cannot be quantized at all, before any work is done."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected an nn.Module, got {type(model).__name__}. Load the model first.")
+    if any(isinstance(module, TwinLinear) for module in model.modules()):
+        raise ModelError("the model is already quantized by tqcompile. Start from the original weights.")
+    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if not linears:
+        raise ModelError(f"{type(model).__name__} has no nn.Linear layer, so there is nothing to quantize.")
+    for name, linear in linears:
+        if linear.weight.is_meta:
+            raise ModelError(f"{name}.weight is on the meta device. Load the weights before quantizing.")
+        if not torch.isfinite(linear.weight).all():
+            raise ModelError(f"{name}.weight holds NaN or infinity. The checkpoint is damaged, or training diverged.")
+
+
+@contextlib.contextmanager
+def _frozen_while_working(model: nn.Module) -> Iterator[Journal]:
+    """Eval mode and no gradients inside; on any error the model is put back as it was."""
+    check_model(model)
+    training, journal = {m: m.training for m in model.modules()}, Journal(model)
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield journal
+    except BaseException:
+        journal.restore()
+        for module, mode in training.items():
+            module.training = mode
+        raise
+
+
+def _resolve(config: Config | None, scheme: str | None, overrides: dict[str, Any]) -> Config:
+    if config is not None and not isinstance(config, Config):
+        raise ConfigError(f"config must be a tqcompile.Config, got {type(config).__name__}")
+    if scheme is not None:
+        overrides = {**overrides, "scheme": scheme}
+    return (config or Config()).replace(**overrides)
+
+
+def _quantize(
+    model: nn.Module,
+    calib_data: Any,
+    tokenizer: Any,
+    config: Config,
+    journal: Journal,
+    progress: bool,
+    absorb: bool,
+) -> tuple[dict[str, QuantizedLinear], Report]:
+    batches = _calibration_batches(model, calib_data, tokenizer, config)
+    plan = analyze(model, _example(model, batches), config)
+    if not plan.sites:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(plan.skipped.items())[:5])
+        raise ModelError(f"no layer of {type(model).__name__} can be quantized ({reasons}).")
+    report = Report(config.to_dict(), skipped=dict(plan.skipped), notes=list(plan.notes))
+    units = split_into_units(model, plan.sites, batches) if batches else [Unit("model", list(plan.sites), None)]
+    if not batches:
+        report.notes.append("no calibration data: identity Hessian, no scales, errors not measured")
+    elif len(batches) == 1:
+        report.notes.append("a single calibration batch: errors are measured on the rows used for calibration")
+    quantized: dict[str, QuantizedLinear] = {}
+    with Progress(progress, f"tqcompile {config.scheme}", len(plan.sites)) as bar:
+        for unit in units:
+            device = config.device or device_of(model)
+            statistics = collect_statistics(model, unit, batches, device) if batches else {}
+            quantized |= _quantize_unit(model, unit, statistics, config, journal, report, bar, absorb)
+    return quantized, report
+
+
+def _quantize_unit(
+    model: nn.Module,
+    unit: Unit,
+    statistics: dict[Site, SiteStatistics],
+    config: Config,
+    journal: Journal,
+    report: Report,
+    bar: Progress,
+    absorb: bool,
+) -> dict[str, QuantizedLinear]:
+    """Quantize and replace the linears of one unit: scales first, since one site's scale moves into another."""
+    scheme = Scheme.parse(config.scheme)
+    problems, scales = {}, {}
+    row_scales: dict[str, torch.Tensor] = {}
+    in_unit = {name for site in unit.sites for name in site.linears}
+    for site in unit.sites:
+        linears = [model.get_submodule(name) for name in site.linears]
+        device = config.device or linears[0].weight.device
+        weights = [linear.weight.detach().to(device, torch.float32) for linear in linears]
+        absorber = site.absorber
+        if absorber and (not absorb or (absorber.kind != "norm" and absorber.module not in in_unit)):
+            absorber = None
+        tie = producer_channel(absorber, weights[0].shape[1]).to(device) if absorber else None
+        problem = SiteProblem(weights, [m.bias for m in linears], statistics.get(site), scheme, config, tie, site.name)
+        scale = choose_scale(problem)
+        if scale is not None and absorber is not None:
+            if absorber.kind == "norm":
+                norm = model.get_submodule(absorber.module)
+                journal.remember(norm)
+                scale = absorb_into_norm(norm, scale).to(device)
+            else:
+                row_scales[absorber.module] = producer_scale(absorber, scale)
+        problems[site], scales[site] = problem, (scale, absorber)
+    results: dict[str, QuantizedLinear] = {}
+    for site, problem in problems.items():
+        began = time.perf_counter()
+        scale, absorber = scales[site]
+        for index, name in enumerate(site.linears):
+            if name in row_scales:
+                rows = row_scales[name]
+                problem.weights[index] = problem.weights[index] / rows[:, None]
+                bias = problem.biases[index]
+                problem.biases[index] = None if bias is None else (bias.float() / rows).to(bias.dtype)
+        transform = closed_form_transform(problem, scale)
+        quantized = quantize_site(problem, transform)
+        if absorber is not None and scale is not None:
+            quantized = [absorbed(q) for q in quantized]
+        for index, (name, result) in enumerate(zip(site.linears, quantized, strict=True)):
+            device = model.get_submodule(name).weight.device
+            layer = TwinLinear.from_quantized(result)
+            error = None
+            if problem.statistics is not None:
+                outside = scale if absorber is not None else None
+                error = output_error(layer, problem.weights[index], problem.statistics.held_out, outside)
+            journal.replace(name, layer.to(device))
+            results[name] = result
+            report.layers.append(
+                LayerRecord(
+                    name=name,
+                    shape=tuple(problem.weights[index].shape),
+                    scheme=config.scheme,
+                    rank=result.spec.rank,
+                    error=error,
+                    bits=stored_bits(layer),
+                    transform=_describe(transform, site, absorber),
+                    seconds=(time.perf_counter() - began) / len(site.linears),
+                )
+            )
+        bar.advance(site.name, report.layers[-1].error)
+    return results
+
+
+def _describe(transform: SiteTransform, site: Site, absorber: Absorber | None) -> str:
+    parts = []
+    if transform.rotation is not None:
+        parts.append(f"hadamard{transform.rotation.shape[0]} on-line")
+    if transform.scale is not None:
+        parts.append(f"scale in {absorber.module}" if absorber else f"scale on-line ({site.reason or 'no absorber'})")
+    return ", ".join(parts) or "none"
+
+
+def _calibration_batches(model: nn.Module, calib_data: Any, tokenizer: Any, config: Config) -> list[Batch]:
+    if calib_data is None:
+        return []
+    settings = getattr(model, "config", None)
+    return load_calibration(
+        calib_data,
+        tokenizer=tokenizer,
+        samples=config.samples,
+        seq_len=config.seq_len,
+        vocab_size=getattr(settings, "vocab_size", None),
+    )
+
+
+def _example(model: nn.Module, batches: list[Batch]) -> Batch:
+    """A small input for capturing the graph: two rows of the data, or what the model itself suggests."""
+    if not batches:
+        return dict(getattr(model, "dummy_inputs", {}))
+    return {k: v[:2] if isinstance(v, torch.Tensor) else v for k, v in batches[0].items()}
+
+
+def _mark(model: nn.Module, config: Config, report: Report) -> None:
+    """Leave on the model what saving, reporting and ``save_pretrained`` need."""
+    model.tqcompile_report = report
+    specs = {name: m.spec.to_dict() for name, m in model.named_modules() if isinstance(m, TwinLinear)}
+    model.tqcompile_quantization = quantization_config(config, specs)
+    if hasattr(model, "config") and hasattr(model.config, "to_dict"):
+        model.config.quantization_config = model.tqcompile_quantization

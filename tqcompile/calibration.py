@@ -1,0 +1,201 @@
+"""Streams a model block by block over calibration data: one block's statistics are in memory at a time.
+
+Each block is calibrated on the outputs of the blocks before it *as they are then*, that is already quantized.
+Models whose repeated blocks cannot be driven one by one are calibrated in one piece.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from tqcompile.data import Batch
+from tqcompile.errors import CalibrationError
+from tqcompile.methods.statistics import SiteStatistics, StatisticsCollector
+from tqcompile.passes.plan import Site
+
+HELD_OUT_FRACTION = 8
+
+
+@dataclasses.dataclass
+class Unit:
+    """Sites that are calibrated together. run: pushes every calibration batch through the code that holds them."""
+
+    name: str
+    sites: list[Site]
+    run: Callable[[Callable[[int], None]], None]
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the last block's input is known."""
+
+
+def held_out_batches(batches: int) -> int:
+    """How many of the last batches are kept for measuring errors only."""
+    return max(1, batches // HELD_OUT_FRACTION) if batches > 1 else 0
+
+
+def collect_statistics(
+    model: nn.Module, unit: Unit, batches: list[Batch], device: torch.device | str
+) -> dict[Site, SiteStatistics]:
+    """Run a unit over all batches and gather the statistics of every site's input.
+
+    Raises:
+        CalibrationError: an activation is NaN or infinite, or a site is never reached; names the module.
+    """
+    held = held_out_batches(len(batches))
+    collectors: dict[Site, StatisticsCollector] = {}
+    current = 0
+
+    def hook_for(site: Site):
+        def hook(_module, args):
+            x = args[0]
+            mask = batches[current].get("attention_mask")
+            keep = isinstance(mask, torch.Tensor) and mask.shape == x.shape[:-1]
+            rows = x[mask.to(x.device).bool()] if keep else x.reshape(-1, x.shape[-1])
+            if not torch.isfinite(rows).all():
+                raise CalibrationError(
+                    f"{site.linears[0]}: its input is NaN or infinite on calibration batch {current}. The model "
+                    f"overflows in {x.dtype} or its weights are damaged; try float32 or other data."
+                )
+            if site not in collectors:
+                collectors[site] = StatisticsCollector(x.shape[-1], device, len(batches), held)
+            collectors[site].add(rows, held_out=current >= len(batches) - held)
+
+        return hook
+
+    def start(index: int) -> None:
+        nonlocal current
+        current = index
+
+    with contextlib.ExitStack() as stack:
+        for site in unit.sites:
+            handle = model.get_submodule(site.linears[0]).register_forward_pre_hook(hook_for(site))
+            stack.callback(handle.remove)
+        unit.run(start)
+    for site in unit.sites:
+        if site not in collectors or not collectors[site].tokens:
+            raise CalibrationError(
+                f"{site.linears[0]}: not reached by any calibration batch. Pass data that exercises it, or put it in "
+                f"`ignore`."
+            )
+    return {site: collector.finish() for site, collector in collectors.items()}
+
+
+def split_into_units(model: nn.Module, sites: tuple[Site, ...], batches: list[Batch]) -> Iterator[Unit]:
+    """Yield the units of a model in forward order; the caller quantizes each before asking for the next.
+
+    The sites of a stack of blocks (the ``nn.ModuleList`` that holds most sites) come block by block; everything
+    else comes last, in one unit over the whole model.
+    """
+    prefix, count = _largest_stack(model, sites)
+    driver = _BlockDriver.record(model, prefix, count, batches) if prefix else None
+    rest = list(sites)
+    if driver is not None:
+        for index in range(count):
+            name = f"{prefix}.{index}"
+            inside = [site for site in sites if site.linears[0].startswith(name + ".")]
+            rest = [site for site in rest if site not in inside]
+            if inside:
+                yield Unit(name, inside, lambda start, index=index: driver.run(index, start))
+            driver.advance(index)
+    if rest:
+        yield Unit("model", rest, lambda start: _run_whole(model, batches, start))
+
+
+def _largest_stack(model: nn.Module, sites: tuple[Site, ...]) -> tuple[str, int]:
+    best, best_count, length = "", 1, 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and name:
+            count = sum(site.linears[0].startswith(name + ".") for site in sites)
+            if count > best_count:
+                best, best_count, length = name, count, len(module)
+    return best, length
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+
+
+def model_kwargs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """A batch as keyword arguments on the model's device, without a KV cache where the model has one."""
+    device = device_of(model)
+    kwargs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    if getattr(getattr(model, "config", None), "use_cache", None):
+        kwargs.setdefault("use_cache", False)
+    return kwargs
+
+
+def _run_whole(model: nn.Module, batches: list[Batch], start: Callable[[int], None]) -> None:
+    for index, batch in enumerate(batches):
+        start(index)
+        with torch.no_grad():
+            model(**model_kwargs(model, batch))
+
+
+class _BlockDriver:
+    """Runs a stack of blocks one at a time on recorded inputs."""
+
+    def __init__(self, blocks, hidden, extra_args, kwargs):
+        self._blocks, self._hidden, self._extra, self._kwargs = blocks, hidden, extra_args, kwargs
+
+    @staticmethod
+    def record(model: nn.Module, prefix: str, count: int, batches: list[Batch]) -> "_BlockDriver | None":
+        """Record what each block is called with; None unless every block feeds its hidden state to the next."""
+        blocks = [model.get_submodule(f"{prefix}.{i}") for i in range(count)]
+        hidden: list[torch.Tensor] = []
+        extra: list[list[tuple]] = []
+        kwargs: list[list[dict]] = []
+        calls: list[tuple[int, tuple, dict]] = []
+        chained = True
+        last_output = None
+
+        def before(index):
+            def hook(_module, args, kw):
+                nonlocal chained
+                if index != len(calls) or not args or (index and args[0] is not last_output):
+                    chained = False
+                    raise _Stop
+                calls.append((index, args, kw))
+                if index == count - 1:
+                    raise _Stop
+
+            return hook
+
+        def after(_module, _args, output):
+            nonlocal last_output
+            last_output = output[0] if isinstance(output, tuple) else output
+
+        with contextlib.ExitStack() as stack:
+            for index, block in enumerate(blocks):
+                stack.callback(block.register_forward_pre_hook(before(index), with_kwargs=True).remove)
+                stack.callback(block.register_forward_hook(after).remove)
+            for batch in batches:
+                calls.clear()
+                with torch.no_grad(), contextlib.suppress(_Stop):
+                    model(**model_kwargs(model, batch))
+                if not chained or len(calls) != count:
+                    return None
+                hidden.append(calls[0][1][0])
+                extra.append([call[1][1:] for call in calls])
+                kwargs.append([call[2] for call in calls])
+        return _BlockDriver(blocks, hidden, extra, kwargs)
+
+    def run(self, index: int, start: Callable[[int], None]) -> None:
+        """Push every batch through block ``index``; results are discarded."""
+        for batch in range(len(self._hidden)):
+            start(batch)
+            self._call(index, batch)
+
+    def advance(self, index: int) -> None:
+        """Replace the hidden states by the outputs of block ``index``, as it is now."""
+        self._hidden = [self._call(index, batch) for batch in range(len(self._hidden))]
+
+    def _call(self, index: int, batch: int) -> torch.Tensor:
+        with torch.no_grad():
+            block = self._blocks[index]
+            out = block(self._hidden[batch], *self._extra[batch][index], **self._kwargs[batch][index])
+        return out[0] if isinstance(out, tuple) else out

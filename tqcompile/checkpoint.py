@@ -1,0 +1,290 @@
+"""``save`` and ``load``: safetensors, ``config.json`` with a ``quantization_config``, and a manifest of checksums.
+
+A directory is written beside its destination and moved into place when complete. Before anything is loaded, every
+tensor is checked against the manifest ``tqcompile.json``; nothing in a checkpoint is ever executed.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tqcompile import __version__
+from tqcompile.config import Config
+from tqcompile.errors import CheckpointError, ModelError
+from tqcompile.methods.components import LinearSpec
+from tqcompile.modules import TwinLinear
+from tqcompile.reporting import Report
+
+QUANT_METHOD = "twinquant"
+FORMAT_VERSION = 1
+MANIFEST = "tqcompile.json"
+_SAFETENSORS_NAME = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.uint8: "U8",
+}
+
+
+def quantization_config(config: Config, specs: dict[str, dict]) -> dict[str, Any]:
+    """The ``quantization_config`` entry of ``config.json``. specs: module name -> LinearSpec as a dict."""
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "tqcompile_version": __version__,
+        "config": config.to_dict(),
+        "modules": specs,
+    }
+
+
+def save(model: nn.Module, directory: str | Path) -> None:
+    """Save a quantized model.
+
+    Hugging Face models get everything that ``save_pretrained`` writes, so ``AutoModel*.from_pretrained(directory)``
+    reads it back after ``import tqcompile``. Other modules are saved as one ``model.safetensors``.
+
+    Args:
+        directory: created, or replaced when it already holds a tqcompile checkpoint.
+    Raises:
+        ModelError: the model is not quantized. CheckpointError: the directory holds something else. OSError: the
+        disk refuses; an existing checkpoint is then still whole.
+    """
+    state = getattr(model, "tqcompile_quantization", None)
+    if state is None:
+        raise ModelError(f"{type(model).__name__} is not quantized by tqcompile; call tqcompile.compile first.")
+    target = Path(directory).absolute()
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file())):
+        raise CheckpointError(f"{target} exists and is not a tqcompile checkpoint. Choose another directory.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        _write(model, state, staging)
+        staging.chmod(0o755)
+        previous = None
+        if target.exists():
+            previous = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            target.rename(previous / "checkpoint")
+        try:
+            staging.rename(target)
+        except OSError:
+            if previous is not None:
+                (previous / "checkpoint").rename(target)
+            raise
+        if previous is not None:
+            shutil.rmtree(previous)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load(directory: str | Path, model: nn.Module | None = None, **from_pretrained: Any) -> nn.Module:
+    """Load a model saved by :func:`save`; the reloaded model gives bit-equal outputs.
+
+    Args:
+        directory: a checkpoint. model: for modules that are not from transformers, an instance of the original
+            architecture, whose linears are replaced; a Hugging Face model is built from ``config.json``.
+        from_pretrained: e.g. ``dtype`` or ``device_map``, handed to transformers.
+    Raises:
+        CheckpointError: the checkpoint is foreign, truncated or altered; names the file or tensor at fault.
+    """
+    directory = Path(directory)
+    settings = _read_settings(directory)
+    if model is None:
+        names = settings.get("architectures") or []
+        if len(names) != 1:
+            raise CheckpointError(
+                f"{directory / 'config.json'} names no transformers architecture; pass the module to fill as model=."
+            )
+        import transformers
+
+        architecture = getattr(transformers, names[0], None)
+        if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
+            raise CheckpointError(f"transformers {transformers.__version__} has no model class {names[0]!r}.")
+        return architecture.from_pretrained(directory, local_files_only=True, **from_pretrained)
+    if from_pretrained:
+        raise CheckpointError(f"{', '.join(from_pretrained)} cannot be combined with model=.")
+    files = sorted(directory.glob("*.safetensors"))
+    replace_linears(model, settings["quantization_config"], files)
+    from safetensors.torch import load_file
+
+    state: dict[str, torch.Tensor] = {}
+    for file in files:
+        state |= load_file(file)
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    if missing or unexpected:
+        raise CheckpointError(f"{directory}: missing tensors {missing[:3]}, unexpected tensors {unexpected[:3]}.")
+    finish_loading(model, settings["quantization_config"], directory)
+    return model.eval()
+
+
+def replace_linears(model: nn.Module, quantization: dict[str, Any], files: list[Path]) -> None:
+    """Check a checkpoint's files against its description, then swap the model's linears for empty TwinLinears.
+
+    Raises:
+        CheckpointError: naming the module or tensor at fault; the model is then unchanged.
+    """
+    version = quantization.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"checkpoint format {version!r} is not {FORMAT_VERSION}; use the tqcompile that wrote it.")
+    headers = verify_files(files)
+    layers: dict[str, TwinLinear] = {}
+    modules = dict(model.named_modules())
+    for name, data in quantization["modules"].items():
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear):
+            raise CheckpointError(f"{name}: the model has no linear layer of that name; the checkpoint is of another model.")
+        layer = TwinLinear(_checked_spec(name, data, linear), device="meta")
+        for key, tensor in layer.state_dict().items():
+            _check_entry(f"{name}.{key}", tensor, headers)
+        layers[name] = layer
+    for name, layer in layers.items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, layer)
+
+
+def finish_loading(model: nn.Module, quantization: dict[str, Any], directory: Path) -> None:
+    """Freeze a loaded model, rebuild what is not stored, and give it back its report."""
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, TwinLinear):
+            module.transform.rebuild(module.residual.weight_packed.device)
+    model.tqcompile_quantization = quantization
+    manifest = directory / MANIFEST
+    if manifest.is_file():
+        model.tqcompile_report = Report.from_dict(json.loads(manifest.read_text())["report"])
+
+
+def verify_files(files: list[Path]) -> dict[str, dict]:
+    """Check safetensors files for truncation, and against the manifest's checksums where there is one.
+
+    Returns:
+        tensor name -> {"dtype", "shape"}, over all files.
+    Raises:
+        CheckpointError: names the tensor (or file) at fault.
+    """
+    if not files:
+        raise CheckpointError("the checkpoint holds no .safetensors file.")
+    manifest_file = files[0].parent / MANIFEST
+    expected = json.loads(manifest_file.read_text())["tensors"] if manifest_file.is_file() else None
+    found: dict[str, dict] = {}
+    for file in files:
+        for name, entry in _hash_tensors(file).items():
+            if expected is not None and name not in expected:
+                raise CheckpointError(f"{file.name}: tensor {name} is not in {MANIFEST}; the checkpoint was altered.")
+            if expected is not None and entry != expected[name]:
+                raise CheckpointError(f"{file.name}: tensor {name} differs from {MANIFEST}; the checkpoint was altered.")
+            found[name] = entry
+    for name in expected or {}:
+        if name not in found:
+            raise CheckpointError(f"tensor {name} is missing from the checkpoint.")
+    return found
+
+
+def _write(model: nn.Module, quantization: dict[str, Any], directory: Path) -> None:
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(directory)
+    else:
+        from safetensors.torch import save_model
+
+        save_model(model, str(directory / "model.safetensors"))
+        settings = {"quantization_config": quantization}
+        (directory / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    tensors: dict[str, dict] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        tensors |= _hash_tensors(file)
+    manifest = {"format_version": FORMAT_VERSION, "tensors": tensors, "report": model.tqcompile_report.to_dict()}
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _read_settings(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{directory} holds no config.json; it is not a tqcompile checkpoint.")
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); the checkpoint is damaged.") from error
+    method = (settings.get("quantization_config") or {}).get("quant_method")
+    if method != QUANT_METHOD:
+        raise CheckpointError(
+            f"{path} has quant_method {method!r}, not {QUANT_METHOD!r}; it was not written by tqcompile."
+        )
+    return settings
+
+
+def _hash_tensors(file: Path) -> dict[str, dict]:
+    """Tensor name -> {"dtype", "shape", "sha256"} of a safetensors file, read without building tensors."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise CheckpointError(f"{file.name} is truncated: its header does not fit in {size} bytes.")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"{file.name} has a damaged header ({error}).") from error
+        entries = {}
+        for name, info in sorted(header.items(), key=lambda item: item[1].get("data_offsets", [0])[0]):
+            if name == "__metadata__":
+                continue
+            begin, end = info["data_offsets"]
+            if 8 + length + end > size:
+                raise CheckpointError(f"{file.name} is truncated: tensor {name} ends after the end of the file.")
+            stream.seek(8 + length + begin)
+            digest, left = hashlib.sha256(), end - begin
+            while left > 0:
+                chunk = stream.read(min(left, 1 << 24))
+                digest.update(chunk)
+                left -= len(chunk)
+            entries[name] = {"dtype": info["dtype"], "shape": info["shape"], "sha256": digest.hexdigest()}
+    return entries
+
+
+def _checked_spec(name: str, data: dict, linear: nn.Linear) -> LinearSpec:
+    try:
+        spec = LinearSpec(**data)
+    except TypeError as error:
+        raise CheckpointError(f"{name}: malformed layer description in config.json ({error}).") from error
+    sizes = (spec.out_features, spec.in_features)
+    if sizes != (linear.out_features, linear.in_features):
+        raise CheckpointError(
+            f"{name}: the checkpoint describes a layer of shape {sizes}, the model has "
+            f"{(linear.out_features, linear.in_features)}; it is of another model."
+        )
+    whole = all(isinstance(v, int) and v >= 0 for v in (spec.rank, spec.group_size, spec.rotation_block))
+    if (
+        not whole
+        or spec.group_size == 0
+        or spec.in_features % spec.group_size
+        or spec.rank > 128
+        or spec.rank % 2
+        or (spec.rotation_block and spec.in_features % spec.rotation_block)
+        or not _are_signs(spec.rotation_signs, spec.rotation_block)
+        or spec.act_bits not in (4, 8, 16)
+        or spec.low_rank_bits not in (4, 16)
+        or spec.bias_dtype not in (None, "float32", "float16", "bfloat16", "float64")
+        or not isinstance(spec.act_ratio, (int, float))
+    ):
+        raise CheckpointError(f"{name}: impossible layer description in config.json: {data}.")
+    return spec
+
+
+def _are_signs(signs: Any, block: int) -> bool:
+    return signs == "" or (isinstance(signs, str) and 4 * len(signs) == block and set(signs) <= set("0123456789abcdef"))
+
+
+def _check_entry(name: str, tensor: torch.Tensor, headers: dict[str, dict]) -> None:
+    entry = headers.get(name)
+    if entry is None:
+        raise CheckpointError(f"tensor {name} is missing from the checkpoint.")
+    expected = (_SAFETENSORS_NAME[tensor.dtype], list(tensor.shape))
+    if (entry["dtype"], entry["shape"]) != expected:
+        raise CheckpointError(
+            f"tensor {name} is {entry['dtype']} {entry['shape']}, but its layer needs {expected[0]} {expected[1]}."
+        )

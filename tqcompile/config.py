@@ -1,0 +1,113 @@
+"""Configuration: which scheme, at which rank and group size, on which layers."""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+
+from tqcompile.errors import ConfigError
+
+METHODS = ("twin", "rtn", "gptq", "svdquant")
+DEFAULT_IGNORE = ("lm_head",)
+_SCHEME = re.compile(r"(?P<method>[a-z0-9]+)-w(?P<w>\d+)a(?P<a>\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """A parsed scheme name. method: one of METHODS; weight_bits: 4; act_bits: 4, 8 or 16 (not quantized)."""
+
+    method: str
+    weight_bits: int
+    act_bits: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-w{self.weight_bits}a{self.act_bits}"
+
+    @staticmethod
+    def parse(name: str) -> "Scheme":
+        """Parse ``<method>-w<bits>a<bits>``, e.g. ``twin-w4a8``. Raises ConfigError with the known names."""
+        match = _SCHEME.fullmatch(name) if isinstance(name, str) else None
+        if match:
+            scheme = Scheme(match["method"], int(match["w"]), int(match["a"]))
+            if scheme.name in SCHEMES:
+                return scheme
+        raise ConfigError(f"unknown scheme {name!r}; known schemes: {', '.join(SCHEMES)}")
+
+
+SCHEMES = tuple(f"{method}-w4a{bits}" for method in METHODS for bits in (4, 8, 16))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of :func:`tqcompile.compile`.
+
+    scheme: ``<method>-w<weight bits>a<activation bits>``; the known names are ``tqcompile.SCHEMES``.
+    rank: rank R of the low-rank component, even, 8 to 128 (twin and svdquant).
+    group_size: weights that share one scale, along the input features.
+    ignore: modules left alone. A plain name matches where its dotted parts occur in a module's name
+        (``"lm_head"``, ``"layers.0"``, ``"model.layers.0.mlp.down_proj"``); ``"re:..."`` is a regular
+        expression that must match the whole name. A pattern that matches nothing is an error.
+    samples: at most this many calibration sequences are used. seq_len: length of the windows that texts are cut to.
+    seed: seeds every random choice (signs of the Hadamard rotation, sketches of large SVDs).
+    device: where the numerics run, e.g. ``"cuda"``; None means where the model is.
+    """
+
+    scheme: str = "twin-w4a8"
+    rank: int = 32
+    group_size: int = 128
+    ignore: tuple[str, ...] = DEFAULT_IGNORE
+    samples: int = 128
+    seq_len: int = 512
+    seed: int = 0
+    device: str | None = None
+
+    def __post_init__(self):
+        Scheme.parse(self.scheme)
+        for field in ("rank", "group_size", "samples", "seq_len", "seed"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ConfigError(f"{field} must be an integer, got {value!r}")
+        if not 8 <= self.rank <= 128 or self.rank % 2:
+            raise ConfigError(f"rank must be even and between 8 and 128, got {self.rank}")
+        if self.group_size < 32 or self.group_size % 32:
+            raise ConfigError(f"group_size must be a positive multiple of 32, got {self.group_size}")
+        if self.samples < 1 or self.seq_len < 2:
+            raise ConfigError(f"samples must be positive and seq_len at least 2, got {self.samples}, {self.seq_len}")
+        if isinstance(self.ignore, str) or not isinstance(self.ignore, Iterable):
+            raise ConfigError(f"ignore must be a list of names or 're:' patterns, got {self.ignore!r}")
+        object.__setattr__(self, "ignore", tuple(self.ignore))
+        for pattern in self.ignore:
+            if not isinstance(pattern, str) or not pattern:
+                raise ConfigError(f"ignore patterns must be non-empty strings, got {pattern!r}")
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise ConfigError(f"ignore pattern {pattern!r} is not a regular expression: {error}") from error
+
+    def replace(self, **changes) -> "Config":
+        """A copy with some fields changed. Raises ConfigError on an unknown field."""
+        known = [field.name for field in dataclasses.fields(self)]
+        for name in changes:
+            if name not in known:
+                raise ConfigError(f"unknown setting {name!r}; known settings: {', '.join(known)}")
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict:
+        return {**dataclasses.asdict(self), "ignore": list(self.ignore)}
+
+    @staticmethod
+    def from_dict(data: dict) -> "Config":
+        return Config().replace(**data)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a module name is matched by an ignore pattern (see Config.ignore)."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return f".{pattern}." in f".{name}."
+
+
+def ignored_by(patterns: Iterable[str], name: str) -> str | None:
+    """The first pattern that matches ``name``, or None."""
+    return next((pattern for pattern in patterns if matches(pattern, name)), None)

@@ -1,0 +1,55 @@
+"""Registers the checkpoint format with transformers, so that ``AutoModel*.from_pretrained`` reads it.
+
+Imported by ``tqcompile/__init__.py`` as soon as transformers' quantizer registry is imported.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+QUANT_METHOD = "twinquant"
+
+
+@register_quantization_config(QUANT_METHOD)
+class TwinQuantConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a tqcompile checkpoint; fields as in ``tqcompile.checkpoint.quantization_config``."""
+
+    def __init__(self, config: dict, modules: dict, format_version: int, tqcompile_version: str = "", **_ignored: Any):
+        self.quant_method = QUANT_METHOD
+        self.format_version = format_version
+        self.tqcompile_version = tqcompile_version
+        self.config = config
+        self.modules = modules
+
+
+@register_quantizer(QUANT_METHOD)
+class TwinQuantizer(HfQuantizer):
+    """Loads packed layers; quantizing is the business of ``tqcompile.compile``."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_kwargs):
+        from tqcompile.checkpoint import replace_linears
+
+        self._directory = Path(checkpoint_files[0]).parent
+        replace_linears(model, self.quantization_config.to_dict(), [Path(file) for file in checkpoint_files])
+
+    def _process_model_after_weight_loading(self, model, **_kwargs):
+        from tqcompile.checkpoint import finish_loading
+
+        finish_loading(model, self.quantization_config.to_dict(), self._directory)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True

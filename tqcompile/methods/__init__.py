@@ -1,0 +1,1 @@
+"""The numerics: pure functions on tensors, no models and no graphs."""

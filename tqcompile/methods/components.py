@@ -1,0 +1,47 @@
+"""The result of quantizing one linear: a static description and the tensors it names."""
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearSpec:
+    """Everything about a quantized linear that is not a tensor; stored as JSON in a checkpoint.
+
+    out_features N, in_features K, rank R (0: no low-rank component), group_size g (divides K).
+    act_bits: 4, 8, or 16 for activations that are not quantized. low_rank_bits: 4, or 16 (dense bfloat16).
+    act_ratio: 0, or the factor from the 8-bit to the 4-bit activation (see ops/twin_linear.py).
+    rotation_block: b of the on-line (b, b) rotation, 0 for none. rotation_signs: the b signs of a signed Hadamard
+    rotation as hex digits, so that the matrix need not be stored; "" for any other matrix. scaled: an on-line (K,) input scale exists.
+    bias_dtype: torch dtype name of the bias, or None.
+    """
+
+    out_features: int
+    in_features: int
+    rank: int
+    group_size: int
+    act_bits: int
+    low_rank_bits: int = 4
+    act_ratio: float = 0.0
+    rotation_block: int = 0
+    rotation_signs: str = ""
+    scaled: bool = False
+    bias_dtype: str | None = None
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass
+class QuantizedLinear:
+    """A LinearSpec and its tensors, keyed as in the ``state_dict`` of ``TwinLinear``.
+
+    residual.weight_packed (N, K/2) uint8, residual.weight_scale (N, K/g) bfloat16; with low_rank_bits 4 also
+    down.weight_packed (R, K/2), down.weight_scale (R, K/g), up.weight_packed (N, R/2), up.weight_scale (N, 1);
+    with 16 dense ``down`` (R, K) and ``up`` (N, R) bfloat16; transform.input_scale (K,), transform.rotation
+    (b, b) bfloat16, bias (N,) where they exist.
+    """
+
+    spec: LinearSpec
+    tensors: dict[str, torch.Tensor]

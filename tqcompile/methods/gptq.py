@@ -1,0 +1,76 @@
+"""GPTQ (arXiv 2210.17323): round column by column, each column's error compensated by the columns after it."""
+
+import torch
+
+from tqcompile.errors import NumericError
+from tqcompile.methods.rounding import QMAX, QMIN, group_scales
+
+DAMPING = 0.01
+
+
+def inverse_factor(hessian: torch.Tensor, what: str) -> torch.Tensor:
+    """Upper Cholesky factor of the inverse of the damped Hessian.
+
+    Args:
+        hessian: (K, K) float32, X^T X of the layer's input. what: named in the error.
+    Returns:
+        (K, K) float32 upper triangular U with U^T U = (H + damping)^-1.
+    Raises:
+        NumericError: not positive definite even with 100 % damping.
+    """
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean()
+    if not torch.isfinite(mean) or mean <= 0:
+        raise NumericError(
+            f"{what}: the calibration Hessian has mean diagonal {float(mean)}; the layer's input is all zero or not "
+            f"finite. Check the calibration data, or put the layer in `ignore`."
+        )
+    damping = DAMPING
+    while damping <= 1.0:
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper
+        damping *= 10
+    raise NumericError(
+        f"{what}: the calibration Hessian is not positive definite even with 100% damping. "
+        f"Use more or more varied calibration data, or put the layer in `ignore`."
+    )
+
+
+def gptq(
+    w: torch.Tensor, factor: torch.Tensor, importance: torch.Tensor, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize a matrix to signed 4 bits with group scales, minimising the error of its output.
+
+    Scales of a group are searched when its first column is reached, on the already compensated weights.
+
+    Args:
+        w: (N, K) float32. factor: (K, K) from :func:`inverse_factor`. importance: (K,) diagonal of the Hessian.
+        group_size: g, divides K.
+    Returns:
+        codes (N, K) int8 in [-8, 7] and scales (N, K/g) float32 (bfloat16 values).
+    """
+    w = w.clone()
+    n, k = w.shape
+    codes = torch.empty(n, k, dtype=torch.int8, device=w.device)
+    scales = torch.empty(n, k // group_size, device=w.device)
+    for start in range(0, k, group_size):
+        end = start + group_size
+        block = w[:, start:end]
+        scale = group_scales(block, group_size, importance[start:end])
+        scales[:, start // group_size] = scale[:, 0]
+        errors = torch.empty_like(block)
+        u = factor[start:end, start:end]
+        for j in range(group_size):
+            column = block[:, j]
+            code = (column / scale[:, 0]).round_().clamp_(QMIN, QMAX)
+            codes[:, start + j] = code.to(torch.int8)
+            error = (column - code * scale[:, 0]) / u[j, j]
+            block[:, j + 1 :] -= error.unsqueeze(1) * u[j, j + 1 :]
+            errors[:, j] = error
+        w[:, end:] -= errors @ factor[start:end, end:]
+    return codes, scales

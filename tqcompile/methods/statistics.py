@@ -1,0 +1,55 @@
+"""What calibration keeps of a site's input: second moments, channel ranges, and a few rows."""
+
+import dataclasses
+
+import torch
+
+ROWS = 1024
+HELD_OUT_ROWS = 512
+
+
+@dataclasses.dataclass
+class SiteStatistics:
+    """Statistics of the input x (T, K) of one site, before any transform.
+
+    hessian: (K, K) float32, sum of x^T x over the training rows. absmax: (K,) largest magnitude per channel.
+    rows: (T1, K) sample of the training rows; held_out: (T2, K) rows from windows used for nothing else.
+    """
+
+    hessian: torch.Tensor
+    absmax: torch.Tensor
+    rows: torch.Tensor
+    held_out: torch.Tensor
+    tokens: int
+
+
+class StatisticsCollector:
+    """Accumulates :class:`SiteStatistics` batch by batch; memory is O(K^2), independent of the number of tokens."""
+
+    def __init__(self, channels: int, device: torch.device | str, batches: int, held_out_batches: int):
+        self.hessian = torch.zeros(channels, channels, device=device)
+        self.absmax = torch.zeros(channels, device=device)
+        self.tokens = 0
+        self._rows: list[torch.Tensor] = []
+        self._held_out: list[torch.Tensor] = []
+        self._take = -(-ROWS // max(1, batches - held_out_batches))
+        self._take_held_out = -(-HELD_OUT_ROWS // max(1, held_out_batches))
+
+    def add(self, x: torch.Tensor, held_out: bool) -> None:
+        """x: (T, K) of one batch, any floating dtype."""
+        x = x.detach().to(self.hessian.device, torch.float32)
+        take = self._take_held_out if held_out else self._take
+        # Evenly spaced rows: deterministic, and they cover every position of a window.
+        picked = x[torch.linspace(0, len(x) - 1, min(take, len(x)), device=x.device).long()]
+        (self._held_out if held_out else self._rows).append(picked)
+        if held_out:
+            return
+        self.hessian.addmm_(x.t(), x)
+        torch.maximum(self.absmax, x.abs().amax(0), out=self.absmax)
+        self.tokens += len(x)
+
+    def finish(self) -> SiteStatistics:
+        rows = torch.cat(self._rows)
+        # With a single calibration batch nothing can be held out; the report then says so.
+        held_out = torch.cat(self._held_out) if self._held_out else rows
+        return SiteStatistics(self.hessian, self.absmax, rows, held_out, self.tokens)

@@ -1,0 +1,122 @@
+"""The quantized layer: plain buffers and two ops, so it runs, saves, exports and compiles like any module."""
+
+import torch
+from torch import nn
+
+from tqcompile import ops
+from tqcompile.methods.components import LinearSpec, QuantizedLinear
+from tqcompile.methods.hadamard import signed_hadamard
+from tqcompile.ops.quantize_activation import transform_activation
+
+
+class _FixedDtype(nn.Module):
+    """Buffers keep their dtypes under ``.half()`` or ``.to(dtype)``: rounding a scale would change every weight."""
+
+    def _apply(self, fn, recurse=True):
+        def keep_dtype(tensor):
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class PackedWeight(_FixedDtype):
+    """One 4-bit matrix. Buffers: weight_packed (N, K/2) uint8, weight_scale (N, K/g) bfloat16."""
+
+    def __init__(self, rows: int, columns: int, groups: int, device=None):
+        super().__init__()
+        self.register_buffer("weight_packed", torch.empty(rows, columns // 2, dtype=torch.uint8, device=device))
+        self.register_buffer("weight_scale", torch.empty(rows, groups, dtype=torch.bfloat16, device=device))
+
+
+class Transform(_FixedDtype):
+    """What stays on-line in front of a layer. Buffers: input_scale (K,) float32, rotation (b, b) bfloat16; or None.
+
+    A signed Hadamard rotation is rebuilt from its signs and takes no room in a checkpoint.
+    """
+
+    def __init__(self, spec: LinearSpec, device=None):
+        super().__init__()
+        self.signs, b = spec.rotation_signs, spec.rotation_block
+        scale = torch.empty(spec.in_features, dtype=torch.float32, device=device) if spec.scaled else None
+        rotation = torch.empty(b, b, dtype=torch.bfloat16, device=device) if b else None
+        self.register_buffer("input_scale", scale)
+        self.register_buffer("rotation", rotation, persistent=not self.signs)
+        if device != "meta":
+            self.rebuild(device)
+
+    def rebuild(self, device=None) -> None:
+        """Recompute a rotation that is not stored, after loading."""
+        if self.signs:
+            self.rotation = signed_hadamard(self.signs).to(device)
+
+
+class TwinLinear(nn.Module):
+    """Replaces ``nn.Linear``: transform, quantize the activation, residual plus low-rank component, bias.
+
+    The tensors are described by :class:`tqcompile.methods.components.LinearSpec`; x is (..., K), the result (..., N)
+    in the dtype of x. ``low_rank_bits == 16`` keeps the factors dense (the SVDQuant comparator), which costs two
+    more matrix products beside the fused op.
+    """
+
+    def __init__(self, spec: LinearSpec, device=None):
+        super().__init__()
+        self.spec = spec
+        self.in_features, self.out_features = spec.in_features, spec.out_features
+        n, k, r = spec.out_features, spec.in_features, spec.rank
+        groups = k // spec.group_size
+        self.transform = Transform(spec, device)
+        self.residual = PackedWeight(n, k, groups, device)
+        if r and spec.low_rank_bits == 4:
+            self.down = PackedWeight(r, k, groups, device)
+            self.up = PackedWeight(n, r, 1, device)
+        elif r:
+            self.register_buffer("down", torch.empty(r, k, dtype=torch.bfloat16, device=device))
+            self.register_buffer("up", torch.empty(n, r, dtype=torch.bfloat16, device=device))
+        bias = torch.empty(n, dtype=getattr(torch, spec.bias_dtype), device=device) if spec.bias_dtype else None
+        self.register_buffer("bias", bias)
+
+    @staticmethod
+    def from_quantized(quantized: QuantizedLinear) -> "TwinLinear":
+        """A layer that holds the tensors of ``quantized``, on their device."""
+        layer = TwinLinear(quantized.spec, device="meta")
+        state = {name: quantized.tensors[name] for name in layer.state_dict()}
+        layer.load_state_dict(state, strict=True, assign=True)
+        layer.transform.rebuild(layer.residual.weight_packed.device)
+        return layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        spec, transform = self.spec, self.transform
+        if spec.act_bits == 16:
+            dense = operand = transform_activation(x, transform.input_scale, transform.rotation)
+            scale = None
+        else:
+            operand, scale = ops.quantize_activation(x, transform.input_scale, transform.rotation)
+        twin = spec.rank and spec.low_rank_bits == 4
+        y = ops.twin_linear(
+            operand,
+            scale,
+            self.residual.weight_packed,
+            self.residual.weight_scale,
+            self.down.weight_packed if twin else None,
+            self.down.weight_scale if twin else None,
+            self.up.weight_packed if twin else None,
+            self.up.weight_scale if twin else None,
+            self.bias,
+            spec.act_ratio,
+            x.dtype,
+        )
+        if spec.rank and not twin:
+            if spec.act_bits != 16:
+                dense = transform_activation(x, transform.input_scale, transform.rotation)
+            y = y + nn.functional.linear(
+                nn.functional.linear(dense, self.down.to(x.dtype)), self.up.to(x.dtype)
+            )
+        return y
+
+    def extra_repr(self) -> str:
+        s = self.spec
+        return (
+            f"in_features={s.in_features}, out_features={s.out_features}, rank={s.rank}, "
+            f"group_size={s.group_size}, act_bits={s.act_bits}"
+        )

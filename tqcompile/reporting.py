@@ -1,0 +1,124 @@
+"""The report: what happened to every layer, and why some were left alone."""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tqcompile.errors import ModelError
+from tqcompile.modules import TwinLinear
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRecord:
+    """One quantized linear.
+
+    shape: (N, K). error: relative output error ||y_q - y|| / ||y|| on held-out calibration rows, None when
+    data-free. bits: stored bits per weight, everything included. transform: what is applied to the input, and where
+    it went. seconds: time spent on its site.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scheme: str
+    rank: int
+    error: float | None
+    bits: float
+    transform: str
+    seconds: float
+
+
+@dataclasses.dataclass
+class Report:
+    """layers: quantized linears. skipped: name -> reason. notes: facts about the whole run. config: the settings."""
+
+    config: dict
+    layers: list[LayerRecord] = dataclasses.field(default_factory=list)
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight over all quantized layers: codes, scales, low rank and transforms."""
+        weights = [record.shape[0] * record.shape[1] for record in self.layers]
+        return sum(r.bits * w for r, w in zip(self.layers, weights, strict=True)) / max(1, sum(weights))
+
+    def to_dict(self) -> dict:
+        return {**dataclasses.asdict(self), "bits_per_weight": self.bits_per_weight}
+
+    @staticmethod
+    def from_dict(data: dict) -> "Report":
+        layers = [LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in data["layers"]]
+        return Report(data["config"], layers, dict(data["skipped"]), list(data["notes"]))
+
+    def to_json(self, path: str | Path) -> None:
+        """Write everything as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write one row a layer, skipped ones with their reason in the ``transform`` column's place."""
+        fields = [field.name for field in dataclasses.fields(LayerRecord)]
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, [*fields, "skipped"])
+            writer.writeheader()
+            for layer in self.layers:
+                writer.writerow({**dataclasses.asdict(layer), "shape": f"{layer.shape[0]}x{layer.shape[1]}"})
+            for name, reason in self.skipped.items():
+                writer.writerow({"name": name, "skipped": reason})
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        self._print(console)
+        return console.export_text().rstrip()
+
+    def _print(self, console) -> None:
+        from rich.table import Table
+
+        table = Table("layer", "shape", "scheme", "rank", "error", "bits", "transform", title="tqcompile report")
+        for r in self.layers:
+            error = "data-free" if r.error is None else f"{r.error:.4f}"
+            table.add_row(
+                r.name, f"{r.shape[0]}x{r.shape[1]}", r.scheme, str(r.rank), error, f"{r.bits:.2f}", r.transform
+            )
+        console.print(table)
+        for name, reason in self.skipped.items():
+            console.print(f"skipped {name}: {reason}", markup=False, highlight=False)
+        for note in self.notes:
+            console.print(f"note: {note}", markup=False, highlight=False)
+        console.print(
+            f"{len(self.layers)} layers quantized, {self.bits_per_weight:.2f} bits per weight, {len(self.skipped)} skipped"
+        )
+
+
+def stored_bits(layer: TwinLinear) -> float:
+    """Bits per weight of a quantized layer: every stored tensor but the bias, over N * K."""
+    total = sum(t.numel() * t.element_size() for n, t in layer.state_dict().items() if n != "bias")
+    return 8 * total / (layer.out_features * layer.in_features)
+
+
+def output_error(layer: TwinLinear, reference: torch.Tensor, x: torch.Tensor, scale: torch.Tensor | None) -> float:
+    """Relative error of a quantized layer's product on rows x (T, K); reference: (N, K) float32 exact weights.
+
+    scale: (K,) divided out of the layer's input by a neighbour, or None.
+    """
+    y = x @ reference.t()
+    bias = layer.bias.float() if layer.bias is not None else 0.0
+    y_q = layer(x if scale is None else x / scale) - bias
+    return float((y_q - y).norm() / y.norm().clamp_min(1e-30))
+
+
+def report(model: nn.Module) -> Report:
+    """The report of a model quantized by :func:`tqcompile.compile` or loaded by :func:`tqcompile.load`.
+
+    Raises:
+        ModelError: the model carries no report.
+    """
+    found = getattr(model, "tqcompile_report", None)
+    if found is None:
+        raise ModelError(f"{type(model).__name__} carries no report; quantize it with tqcompile.compile first.")
+    return found
