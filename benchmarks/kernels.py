@@ -92,6 +92,7 @@ def composition(n: int, k: int, rank: int):
 
 def measure(name: str, tokens: tuple, rank: int) -> list[dict]:
     from kernel_bounds import random_twin_args, worst_quantize_activation, worst_twin_linear
+
     from tqcompile.kernels import quantize_activation, twin_linear
 
     n, k = SHAPES[name]

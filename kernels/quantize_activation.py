@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+
 from tqcompile.kernels.twin_linear import INTERPRET, device_reason, round_to
 
 ROTATION_BLOCKS = (16, 32, 64, 128)

@@ -13,12 +13,13 @@ last to arrive (one counter per tile) adds all S in order 0..S-1, so the bits do
 import contextlib
 import functools
 import math
-import threading
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from tqcompile.kernels.split_counters import split_counters
 
 MAX_RANK = 128
 MAX_UP_GROUPS = 8
@@ -327,49 +328,6 @@ def unsupported(
     return _group_reason("down", k, down_scale, r)
 
 
-_ARENA = 1 << 20  # counters per device, 4 MiB
-_STREAM_SHARE = 4096  # of them, for the launches of one stream
-_lock = threading.Lock()
-_arenas: dict = {}  # device -> (counters, {"used": how many are given out, stream: its share})
-
-
-def _make_arena(device: torch.device) -> None:
-    with torch.cuda.device(device):
-        counters = torch.zeros(_ARENA, dtype=torch.int32, device=device)
-        torch.cuda.current_stream().synchronize()  # zero for every stream; once per process
-    _arenas.setdefault(device, (counters, {"used": 0}))
-
-
-def _counters(device: torch.device, tiles: int) -> torch.Tensor:
-    """int32 counters that are zero when the kernel starts; the kernel leaves them zero again.
-
-    Launches on one stream follow each other and share counters; streams do not. A captured launch may be
-    replayed on any stream, so it owns its counters for good (a graph never overlaps itself). Where the arena
-    does not exist yet or is used up, a launch clears its own.
-    """
-    if device.type == "cuda":
-        capturing = torch.cuda.is_current_stream_capturing()
-        if device not in _arenas and not capturing:
-            # A thread of its own: while CUDA graph trees warm up, this thread allocates from a graph's pool.
-            thread = threading.Thread(target=_make_arena, args=(device,))
-            thread.start()
-            thread.join()
-        with _lock:
-            arena, shares = _arenas.get(device, (None, {}))
-            stream = None if capturing else torch.cuda.current_stream(device).cuda_stream
-            if not capturing and tiles <= _STREAM_SHARE and stream in shares:
-                return shares[stream]
-            # Multiples of 32 keep pointers aligned; else Triton would compile again, inside the capture.
-            size = -(-tiles // 32) * 32 if capturing else _STREAM_SHARE
-            if arena is not None and tiles <= size and shares["used"] + size <= _ARENA:
-                mine = arena[shares["used"] : shares["used"] + size]
-                shares["used"] += size
-                if not capturing:
-                    shares[stream] = mine
-                return mine
-    return torch.zeros(tiles, dtype=torch.int32, device=device)
-
-
 def _form(dtype: torch.dtype) -> str:
     if INTERPRET:
         return "int8_plain" if dtype == torch.int8 else "fp32"
@@ -405,12 +363,13 @@ def _run(
         sms = _gpu(x.device.index).multi_processor_count if x.is_cuda else 132
         tile = choose_tile(t, n, k, rank, math.gcd(res_group, down_group), int8, wide, sms)
     tiles = -(-n // tile.bn) * -(-t // tile.bm)
-    rank_pad = max(16, triton.next_power_of_2(rank)) if rank else 0
+    # 32 at least: Triton 3.6 compiles the (128, 16) x (16, 8) product with `up` to wrong values on sm_90.
+    rank_pad = max(32, triton.next_power_of_2(rank)) if rank else 0
     partials = counters = y  # not read when S is 1
     if tile.splits > 1:
         size = tiles * tile.splits * tile.bm * (tile.bn + rank_pad)
         partials = torch.empty(size, dtype=torch.float32, device=x.device)
-        counters = _counters(x.device, tiles)
+        counters = split_counters(x.device, tiles)
     unit = 1 / 16 if int8 else 1.0  # int8 weights enter the dot as 16 * q
     _twin_linear[(tiles * tile.splits,)](
         x.contiguous(), x_scale.contiguous() if int8 else y, residual, residual_scale,

@@ -122,8 +122,6 @@ def _refuse(name: str, module: nn.Linear, shared: dict, method: str, config: Con
         return f"its weight is tied to {tied}"
     if k % config.group_size:
         return f"in_features {k} is not divisible by group_size {config.group_size}"
-    if n % 2:
-        return f"out_features {n} is odd"
     if method in ("twin", "svdquant") and config.rank >= min(n, k):
         return f"rank {config.rank} is not below min(out_features {n}, in_features {k})"
     return None

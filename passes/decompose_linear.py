@@ -76,9 +76,7 @@ class DecomposeLinear(Pass):
             self._check(node, quantized)
             with gm.graph.inserting_before(node):
                 tensors = {
-                    _ARGUMENTS[key]: self._buffer(
-                        gm, f"tq_{node.name}_{key.replace('.', '_')}", tensor, buffers
-                    )
+                    _ARGUMENTS[key]: self._buffer(gm, f"tq_{node.name}_{key.replace('.', '_')}", tensor, buffers)
                     for key, tensor in quantized.tensors.items()
                 }
                 result = self._written_out(gm.graph, node, quantized.spec, tensors)

@@ -16,7 +16,7 @@ from tqcompile.passes.buffers import example_value
 
 
 def op_name(node: torch.fx.Node) -> str | None:
-    """ "quantize_activation", "twin_linear" or another op of ours; None for any other node."""
+    """The name of the op, such as "twin_linear", when it is one of ours; None for any other node."""
     target = node.target
     is_ours = isinstance(target, torch._ops.OpOverload) and target.namespace == "tqcompile"
     return target._schema.name.split("::")[1] if is_ours else None
@@ -26,9 +26,7 @@ class Lower(Pass):
     name = "lower"
 
     def call(self, gm: torch.fx.GraphModule) -> bool:
-        gm.meta[self.name] = {
-            node.name: self._decide(node, op) for node in gm.graph.nodes if (op := op_name(node))
-        }
+        gm.meta[self.name] = {node.name: self._decide(node, op) for node in gm.graph.nodes if (op := op_name(node))}
         return False
 
     def ensures(self, gm: torch.fx.GraphModule) -> None:
@@ -37,18 +35,14 @@ class Lower(Pass):
                 raise self.fail("no implementation was chosen", node)
 
     def _decide(self, node: torch.fx.Node, op: str) -> str:
-        given = (
-            dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
-        )
+        given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
         values = []
         for argument in node.target._schema.arguments:
             value = given.get(argument.name, argument.default_value)
             if isinstance(value, torch.fx.Node):
                 value = example_value(value)
                 if value is None:
-                    raise self.fail(
-                        f"argument {argument.name} has no example value; trace with example inputs", node
-                    )
+                    raise self.fail(f"argument {argument.name} has no example value; trace with example inputs", node)
             values.append(value)
         device = values[0].device.type
         if device != "cuda":

@@ -25,9 +25,7 @@ class Match:
             self.outputs = [self.nodes[node] for node in results]
             calls = [n for n in reversed(pattern.nodes) if n.op not in ("placeholder", "output")]
             self.inner = [self.nodes[node] for node in calls]
-            self.tensors = {
-                node.target: self.nodes.get(node) for node in pattern.find_nodes(op="placeholder")
-            }
+            self.tensors = {node.target: self.nodes.get(node) for node in pattern.find_nodes(op="placeholder")}
 
     def __bool__(self) -> bool:
         return self._found

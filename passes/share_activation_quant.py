@@ -38,7 +38,7 @@ class ShareActivationQuant(Pass):
             gm.graph.erase_node(node)
         for first in dict.fromkeys(first for first, _ in merged):
             parts: dict[int, torch.fx.Node] = {}
-            for part in sorted(first.users):
+            for part in sorted(user for user in first.users if user.target is operator.getitem):
                 keep = parts.setdefault(part.args[1], part)
                 if keep is not part:
                     part.replace_all_uses_with(keep)
@@ -59,18 +59,14 @@ class ShareActivationQuant(Pass):
                 x, *transform = _arguments(node)
                 for first in firsts:
                     first_x, *first_transform = _arguments(first)
-                    if x is first_x and all(
-                        same(gm, a, b) for a, b in zip(transform, first_transform, strict=True)
-                    ):
+                    if x is first_x and all(same(gm, a, b) for a, b in zip(transform, first_transform, strict=True)):
                         pairs.append((first, node))
                         break
                 else:
                     firsts.append(node)
         return pairs
 
-    def _same_tensor(
-        self, gm: torch.fx.GraphModule, a: torch.fx.Node | None, b: torch.fx.Node | None
-    ) -> bool:
+    def _same_tensor(self, gm: torch.fx.GraphModule, a: torch.fx.Node | None, b: torch.fx.Node | None) -> bool:
         if a is b:
             return True
         left, right = (self._real(gm, node) for node in (a, b))

@@ -13,9 +13,7 @@ logging.getLogger("torch.__trace").propagate = False
 SPELLINGS = ("dynamo", "export")
 
 
-def capture(
-    module: torch.nn.Module, *inputs: torch.Tensor, spelling: str
-) -> tuple[torch.fx.GraphModule, tuple]:
+def capture(module: torch.nn.Module, *inputs: torch.Tensor, spelling: str) -> tuple[torch.fx.GraphModule, tuple]:
     """The graph of ``module`` and the inputs to call it with; parameters come first in a dynamo graph."""
     torch._dynamo.reset()
     with torch.no_grad():

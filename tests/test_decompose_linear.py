@@ -91,9 +91,7 @@ def test_a_layer_called_twice_has_one_set_of_buffers():
 
 
 def test_refused_linears_stay_with_their_reason_and_a_second_run_changes_nothing():
-    gm, inputs = capture(
-        nn.Sequential(nn.Linear(64, 24), nn.Linear(24, 7)), torch.randn(4, 64), spelling="dynamo"
-    )
+    gm, inputs = capture(nn.Sequential(nn.Linear(64, 24), nn.Linear(24, 7)), torch.randn(4, 64), spelling="dynamo")
     first, second = linears(gm)
     step = DecomposeLinear(lambda node: random_components(low_rank_bits=16) if node is first else "too small")
     assert run_passes(gm, [step])["decompose_linear"]

@@ -56,9 +56,7 @@ def test_ops_carry_the_values_that_later_passes_read():
 
 def also_return(gm, node):
     output = gm.graph.output_node()
-    output.args = (
-        ((*output.args[0], node),) if isinstance(output.args[0], (tuple, list)) else ((output.args[0], node),)
-    )
+    output.args = ((*output.args[0], node),) if isinstance(output.args[0], (tuple, list)) else ((output.args[0], node),)
     gm.recompile()
 
 

@@ -17,7 +17,6 @@ from kernel_bounds import (
 pytest.importorskip("triton")
 from tqcompile.kernels import quantize_activation as quantize_kernel
 from tqcompile.kernels import twin_linear as twin_kernel
-
 from tqcompile.ops.packing import dequantize_int4
 from tqcompile.ops.quantize_activation import quantize_activation_reference
 from tqcompile.ops.twin_linear import twin_linear_reference

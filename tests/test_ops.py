@@ -17,9 +17,7 @@ SHAPES = ((5, 64), (2, 3, 64), (0, 64), (64,))
 
 def integers(packed_values: torch.Tensor) -> np.ndarray:
     """Unpack without any of the code under test."""
-    nibbles = np.stack([packed_values.numpy() & 15, packed_values.numpy() >> 4], -1).reshape(
-        len(packed_values), -1
-    )
+    nibbles = np.stack([packed_values.numpy() & 15, packed_values.numpy() >> 4], -1).reshape(len(packed_values), -1)
     return np.where(nibbles > 7, nibbles.astype(int) - 16, nibbles.astype(int)).astype(np.float64)
 
 

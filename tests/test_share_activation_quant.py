@@ -49,9 +49,7 @@ def shared(module, x, *, values=True):
     names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
     tensors = dict(zip(names, inputs, strict=True)) if values else {}
     run_passes(gm, [ShareActivationQuant(tensors)])
-    fresh = [
-        x.clone() if name.startswith("l_x") else value for name, value in zip(names, inputs, strict=True)
-    ]
+    fresh = [x.clone() if name.startswith("l_x") else value for name, value in zip(names, inputs, strict=True)]
     return gm, only(gm(*fresh)), len(calls(gm, QUANTIZE))
 
 
@@ -125,11 +123,7 @@ def test_a_write_between_keeps_them_apart(write):
 def test_different_inputs_keep_their_own():
     class Two(nn.Module):
         def forward(self, x):
-            return (
-                ops.quantize_activation(x)[0]
-                + ops.quantize_activation(x + 1)[0]
-                + ops.quantize_activation(x)[0]
-            )
+            return ops.quantize_activation(x)[0] + ops.quantize_activation(x + 1)[0] + ops.quantize_activation(x)[0]
 
     gm, _ = capture(Two(), torch.randn(3, 64), spelling="dynamo")
     run_passes(gm, [ShareActivationQuant()])

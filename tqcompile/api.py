@@ -36,6 +36,7 @@ from tqcompile.passes.replace_linear import Journal
 from tqcompile.progress import Progress
 from tqcompile.reporting import LayerRecord, Report, output_error, stored_bits
 
+
 def compile(
     model: nn.Module,
     calib_data: Any = None,
@@ -67,11 +68,12 @@ def compile(
     if backend not in ("auto", "twinquant", None):
         raise ConfigError(f"backend must be 'auto', 'twinquant' or None, got {backend!r}")
     with _frozen_while_working(model) as journal:
-        quantized, report = _quantize(model, calib_data, tokenizer, config, journal, progress, absorb=True)
+        _, report = _quantize(model, calib_data, tokenizer, config, journal, progress, absorb=True)
     model.requires_grad_(False)
     _mark(model, config, report)
     if backend == "twinquant" or (backend == "auto" and device_of(model).type == "cuda"):
-        model.compile(backend="twinquant", dynamic=True)
+        # What was left alone here stays as it is, also in fragments that a graph break cuts off.
+        model.compile(backend="twinquant", dynamic=True, options={"quantize": False})
     return model
 
 

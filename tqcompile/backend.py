@@ -57,16 +57,17 @@ reports: collections.deque[GraphReport] = collections.deque(maxlen=32)
 def twinquant(
     gm: torch.fx.GraphModule, example_inputs: list, *, mode: str | None = None, options: dict | None = None
 ) -> Callable:
-    """The backend. Options: every field of ``Config``; ``inner`` ("inductor", "aot_eager" or "eager") is who
-    compiles the rewritten graph; ``inductor`` is a dict of Inductor settings. ``mode`` is one of Inductor's.
+    """The backend. Options: every field of ``Config``; ``quantize``, False to leave plain linears alone;
+    ``inner`` ("inductor", "aot_eager" or "eager") is who compiles the rewritten graph; ``inductor`` is a dict of
+    Inductor settings. ``mode`` is one of Inductor's.
 
     Raises:
         ConfigError: an option is unknown, or a gradient would have to flow through a quantized linear.
     """
-    config, inner, patches = _settings(mode, options or {})
+    config, quantize, inner, patches = _settings(mode, options or {})
     placeholders = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     tensors = {node.name: value for node, value in placeholders.items() if isinstance(value, torch.Tensor)}
-    if any(op_name(node) for node in gm.graph.nodes):
+    if not quantize or any(op_name(node) for node in gm.graph.nodes):
         choose = _Choices(config, {}, why="the model was quantized before it was compiled")
     else:
         choose = _Choices(config, placeholders)
@@ -100,20 +101,21 @@ def _compile(inner: str, gm: torch.fx.GraphModule, example_inputs: list, patches
     return compile_fx(gm, example_inputs, config_patches=patches)
 
 
-def _settings(mode: str | None, options: dict) -> tuple[Config, str, dict]:
-    """(config, inner compiler, Inductor settings)."""
+def _settings(mode: str | None, options: dict) -> tuple[Config, bool, str, dict]:
+    """(config, whether plain linears are quantized, inner compiler, Inductor settings)."""
     fields = [field.name for field in dataclasses.fields(Config)]
-    unknown = sorted(set(options) - {"inner", "inductor", *fields})
+    unknown = sorted(set(options) - {"quantize", "inner", "inductor", *fields})
     if unknown:
         raise ConfigError(
             f'backend "twinquant": unknown option {", ".join(map(repr, unknown))}; known options: '
-            f"{', '.join(['inner', 'inductor', *fields])}. Inductor's own go into options['inductor']"
+            f"{', '.join(['quantize', 'inner', 'inductor', *fields])}. Inductor's own go into options['inductor']"
         )
     inner, patches = options.get("inner", "inductor"), options.get("inductor") or {}
+    quantize = options.get("quantize", True)
+    if not isinstance(quantize, bool):
+        raise ConfigError(f'backend "twinquant": option quantize must be True or False, got {quantize!r}')
     if inner not in INNER:
-        raise ConfigError(
-            f'backend "twinquant": option inner must be one of {", ".join(INNER)}, got {inner!r}'
-        )
+        raise ConfigError(f'backend "twinquant": option inner must be one of {", ".join(INNER)}, got {inner!r}')
     if inner != "inductor" and (mode or patches):
         raise ConfigError(
             f'backend "twinquant": mode and options["inductor"] are for Inductor, but inner is '
@@ -126,7 +128,8 @@ def _settings(mode: str | None, options: dict) -> tuple[Config, str, dict]:
         if mode not in modes:
             raise ConfigError(f'backend "twinquant": unknown mode {mode!r}; known modes: {", ".join(modes)}')
         patches = {**modes[mode], **patches}
-    return Config().replace(**{name: options[name] for name in fields if name in options}), inner, patches
+    config = Config().replace(**{name: options[name] for name in fields if name in options})
+    return config, quantize, inner, patches
 
 
 _named = WeakTensorKeyDictionary()  # weights that cannot be quantized and are named in the log already

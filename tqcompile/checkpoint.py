@@ -131,14 +131,14 @@ def replace_linears(model: nn.Module, quantization: dict[str, Any], files: list[
     """
     version = quantization.get("format_version")
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"checkpoint format {version!r} is not {FORMAT_VERSION}; use the tqcompile that wrote it.")
+        raise CheckpointError(f"checkpoint format {version!r} is not {FORMAT_VERSION}: another tqcompile wrote it.")
     headers = verify_files(files)
     layers: dict[str, TwinLinear] = {}
     modules = dict(model.named_modules())
     for name, data in quantization["modules"].items():
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
-            raise CheckpointError(f"{name}: the model has no linear layer of that name; the checkpoint is of another model.")
+            raise CheckpointError(f"{name}: no linear layer of that name; the checkpoint is of another model.")
         layer = TwinLinear(_checked_spec(name, data, linear), device="meta")
         for key, tensor in layer.state_dict().items():
             _check_entry(f"{name}.{key}", tensor, headers)
@@ -176,9 +176,9 @@ def verify_files(files: list[Path]) -> dict[str, dict]:
     for file in files:
         for name, entry in _hash_tensors(file).items():
             if expected is not None and name not in expected:
-                raise CheckpointError(f"{file.name}: tensor {name} is not in {MANIFEST}; the checkpoint was altered.")
+                raise CheckpointError(f"{file.name}: tensor {name} is not in {MANIFEST}; the file was altered.")
             if expected is not None and entry != expected[name]:
-                raise CheckpointError(f"{file.name}: tensor {name} differs from {MANIFEST}; the checkpoint was altered.")
+                raise CheckpointError(f"{file.name}: tensor {name} differs from {MANIFEST}; the file was altered.")
             found[name] = entry
     for name in expected or {}:
         if name not in found:

@@ -26,11 +26,9 @@ class Scheme:
     @staticmethod
     def parse(name: str) -> "Scheme":
         """Parse ``<method>-w<bits>a<bits>``, e.g. ``twin-w4a8``. Raises ConfigError with the known names."""
-        match = _SCHEME.fullmatch(name) if isinstance(name, str) else None
-        if match:
-            scheme = Scheme(match["method"], int(match["w"]), int(match["a"]))
-            if scheme.name in SCHEMES:
-                return scheme
+        if isinstance(name, str) and name in SCHEMES:
+            match = _SCHEME.fullmatch(name)
+            return Scheme(match["method"], int(match["w"]), int(match["a"]))
         raise ConfigError(f"unknown scheme {name!r}; known schemes: {', '.join(SCHEMES)}")
 
 

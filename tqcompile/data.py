@@ -36,13 +36,11 @@ def load_calibration(
     """
     if isinstance(data, (str, bytes)):
         raise CalibrationError(
-            f"calib_data is a single string ({data[:40]!r}...), which could be a text, a path or a dataset name. {EXAMPLE}"
+            f"calib_data is a single string ({data[:40]!r}...), a text, a path or a dataset name? {EXAMPLE}"
         )
     if isinstance(data, torch.Tensor):
         batches = _from_tensor(data)
-    elif isinstance(data, Mapping):
-        raise CalibrationError(f"calib_data is one dict; pass a list of dicts, one a batch. {EXAMPLE}")
-    elif hasattr(data, "column_names"):
+    elif hasattr(data, "column_names"):  # before Mapping: a DatasetDict is a dict
         return load_calibration(
             _dataset_column(data, tokenizer, samples),
             tokenizer=tokenizer,
@@ -50,6 +48,8 @@ def load_calibration(
             seq_len=seq_len,
             vocab_size=vocab_size,
         )
+    elif isinstance(data, Mapping):
+        raise CalibrationError(f"calib_data is one dict; pass a list of dicts, one a batch. {EXAMPLE}")
     elif isinstance(data, Iterable):
         # One item is one sequence or one batch, so `samples` items always hold enough.
         items = list(itertools.islice(data, None if isinstance(data, Sequence) else samples))
@@ -57,8 +57,8 @@ def load_calibration(
     else:
         raise CalibrationError(f"calib_data of type {type(data).__name__} is not understood. {EXAMPLE}")
     batches = _first_samples(batches, samples)
-    if not batches:
-        raise CalibrationError(f"calib_data is empty. {EXAMPLE}")
+    if not batches or not all(batches):
+        raise CalibrationError(f"calib_data is empty, or holds an empty dict. {EXAMPLE}")
     for index, batch in enumerate(batches):
         _check_ids(batch, index, vocab_size)
     return batches
@@ -76,9 +76,11 @@ def _from_tensor(data: torch.Tensor) -> list[Batch]:
 def _dataset_column(dataset: Any, tokenizer: Any, samples: int) -> list:
     names = dataset.column_names
     if isinstance(names, Mapping):
-        raise CalibrationError(f"calib_data is a DatasetDict with splits {list(names)}; pass one, e.g. dataset['train'].")
+        raise CalibrationError(f"calib_data is a DatasetDict with splits {list(names)}; pass one of them.")
+    if names is None:  # a streamed dataset may not know its columns
+        names = list(next(iter(dataset), {}))
     if "input_ids" in names:
-        return [list(row["input_ids"]) for row in itertools.islice(dataset, samples)]
+        return [torch.as_tensor(row["input_ids"]).tolist() for row in itertools.islice(dataset, samples)]
     if "text" in names:
         if tokenizer is None:
             raise CalibrationError(f"a Dataset with a 'text' column needs tokenizer=... . {EXAMPLE}")
@@ -108,7 +110,7 @@ def _from_items(items: list, tokenizer: Any, seq_len: int) -> list[Batch]:
 def _kind(item: Any) -> str:
     if isinstance(item, str):
         return "texts"
-    if isinstance(item, Mapping) or hasattr(item, "data") and isinstance(item.data, Mapping):
+    if isinstance(item, Mapping) or (hasattr(item, "data") and isinstance(item.data, Mapping)):
         return "dicts"
     if isinstance(item, torch.Tensor):
         return "tensors"
@@ -142,7 +144,10 @@ def _from_ids(sequences: list[torch.Tensor]) -> list[Batch]:
 
 def _as_batch(value: Any) -> Any:
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], (list, int)):
-        value = torch.tensor(value)
+        try:
+            value = torch.tensor(value)
+        except (TypeError, ValueError) as error:
+            raise CalibrationError(f"calib_data holds a dict of uneven lists ({error}); pad them. {EXAMPLE}") from error
     if isinstance(value, torch.Tensor):
         return (value[None] if value.dim() == 1 else value).cpu()
     return value
@@ -166,7 +171,13 @@ def _check_ids(batch: Batch, index: int, vocab_size: int | None) -> None:
         if isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
             raise CalibrationError(f"calibration batch {index}: {name} holds NaN or infinity. Clean the data.")
     ids = batch.get("input_ids")
-    if not isinstance(ids, torch.Tensor) or vocab_size is None or not ids.numel():
+    if not isinstance(ids, torch.Tensor):
+        return
+    if ids.is_floating_point() or not ids.numel():
+        raise CalibrationError(
+            f"calibration batch {index}: input_ids are {ids.dtype} of shape {tuple(ids.shape)}; pass integers. {EXAMPLE}"
+        )
+    if vocab_size is None:
         return
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:

@@ -18,9 +18,7 @@ from tqcompile.methods.components import QuantizedLinear
 log = logging.getLogger("tqcompile")
 
 _attached = WeakTensorKeyDictionary()  # weight -> (version, components)
-_data_free = (
-    WeakTensorKeyDictionary()
-)  # weight -> {(settings, id of the bias) -> (versions, bias, components)}
+_data_free = WeakTensorKeyDictionary()  # weight -> {(settings, id of the bias) -> (versions, bias, components)}
 
 
 def attach(param: torch.Tensor, quantized: QuantizedLinear) -> None:
@@ -56,9 +54,7 @@ def lookup(param: torch.Tensor) -> QuantizedLinear | None:
     return quantized
 
 
-def remember(
-    param: torch.Tensor, bias: torch.Tensor | None, config: Config, quantized: QuantizedLinear
-) -> None:
+def remember(param: torch.Tensor, bias: torch.Tensor | None, config: Config, quantized: QuantizedLinear) -> None:
     """Keep a data-free result, so that compiling the same linear again does not quantize it again."""
     results = dict(_data_free.get(param, {}))
     results[_key(bias, config)] = ((_version(param), _version(bias)), bias, quantized)

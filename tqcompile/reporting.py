@@ -91,7 +91,7 @@ class Report:
         for note in self.notes:
             console.print(f"note: {note}", markup=False, highlight=False)
         console.print(
-            f"{len(self.layers)} layers quantized, {self.bits_per_weight:.2f} bits per weight, {len(self.skipped)} skipped"
+            f"{len(self.layers)} layers quantized at {self.bits_per_weight:.2f} bits per weight, {len(self.skipped)} skipped"
         )
 
 

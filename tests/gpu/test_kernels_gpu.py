@@ -13,6 +13,7 @@ from kernel_bounds import (
 )
 
 pytest.importorskip("triton")
+from tqcompile import ops
 from tqcompile.kernels import quantize_activation as quantize_kernel
 from tqcompile.kernels import twin_linear as twin_kernel
 
@@ -178,16 +179,14 @@ def test_two_graphs_replay_at_the_same_time():
 
 
 def test_the_op_runs_the_kernel():
-
     args = random_twin_args(4, 512, 1024, 64, "w4a8", BF16, device="cuda")
-    assert torch.equal(torch.ops.tqcompile.twin_linear(*args), twin_kernel.launch(*args))
+    assert torch.equal(ops.twin_linear(*args), twin_kernel.launch(*args))
 
 
 def test_the_op_inside_inductor_cuda_graphs():
-
     args = random_twin_args(4, 4096, 4096, 64, "w4a16", BF16, device="cuda")
     compiled = torch.compile(
-        lambda x: torch.ops.tqcompile.twin_linear(x + 1, *args[1:]), mode="reduce-overhead", fullgraph=True
+        lambda x: ops.twin_linear(x + 1, *args[1:]), mode="reduce-overhead", fullgraph=True
     )
     with torch.no_grad():
         for _ in range(5):

@@ -13,7 +13,8 @@ class LinearSpec:
     act_bits: 4, 8, or 16 for activations that are not quantized. low_rank_bits: 4, or 16 (dense bfloat16).
     act_ratio: 0, or the factor from the 8-bit to the 4-bit activation (see ops/twin_linear.py).
     rotation_block: b of the on-line (b, b) rotation, 0 for none. rotation_signs: the b signs of a signed Hadamard
-    rotation as hex digits, so that the matrix need not be stored; "" for any other matrix. scaled: an on-line (K,) input scale exists.
+    rotation as hex digits, so that the matrix need not be stored; "" for any other matrix.
+    scaled: an on-line (K,) input scale exists.
     bias_dtype: torch dtype name of the bias, or None.
     """
 

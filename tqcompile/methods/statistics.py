@@ -36,7 +36,9 @@ class StatisticsCollector:
         self._take_held_out = -(-HELD_OUT_ROWS // max(1, held_out_batches))
 
     def add(self, x: torch.Tensor, held_out: bool) -> None:
-        """x: (T, K) of one batch, any floating dtype."""
+        """x: (T, K) of one batch, any floating dtype; T may be 0 (masked out, or an expert without tokens)."""
+        if not len(x):
+            return
         x = x.detach().to(self.hessian.device, torch.float32)
         take = self._take_held_out if held_out else self._take
         # Evenly spaced rows: deterministic, and they cover every position of a window.

@@ -1,0 +1,29 @@
+# `make demo` and `make test`: each sets up .venv when needed and then runs. PYTHON may name another interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# On a machine with an NVIDIA GPU, torch brings the Triton that belongs to it.
+GPU := $(shell command -v nvidia-smi 2>/dev/null)
+CONSTRAINTS := $(if $(GPU),$(VENV)/constraints-gpu.txt,constraints.txt)
+
+.PHONY: demo test lint clean
+demo: $(VENV)/.installed
+	$(BIN)/python -m tqcompile demo
+
+test: $(VENV)/.installed lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# torch goes first and alone: with it installed, nothing else asks the index for a CUDA build.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	grep -v -e '^triton' -e '^numpy' constraints.txt > $(VENV)/constraints-gpu.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,95 @@
+"""The main job on a GPU: quantize, compile, generate, on the embedded model and at the width of an 8B model."""
+
+import pytest
+import torch
+
+import tqcompile
+from tqcompile import backend, demo
+from tqcompile.evaluate import perplexity
+from tqcompile.modules import TwinLinear
+
+pytestmark = pytest.mark.gpu
+SCHEMES = ["twin-w4a4", "twin-w4a8", "twin-w4a16"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return demo.load_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def calibration(tokenizer):
+    return demo.windows(tokenizer, demo.calibration_texts(160_000), 32)
+
+
+def assert_every_op_runs_its_kernel():
+    lowered = [choice for report in backend.reports for choice in report.lowered.values()]
+    assert lowered
+    assert set(lowered) == {"triton"}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_perplexity_on_the_gpu_is_that_of_the_cpu(scheme, tokenizer, calibration):
+    held_out = demo.held_out_windows(tokenizer, 16)
+    on_cpu = tqcompile.compile(demo.load_model(), calibration, scheme=scheme, backend=None, progress=False)
+    on_gpu = demo.load_model()
+    # The same tensors, so that only the kernels differ.
+    for name, layer in on_cpu.named_modules():
+        if isinstance(layer, TwinLinear):
+            parent, _, leaf = name.rpartition(".")
+            setattr(on_gpu.get_submodule(parent), leaf, TwinLinear(layer.spec))
+    on_gpu.load_state_dict(on_cpu.state_dict())
+    on_gpu = on_gpu.cuda().requires_grad_(False)
+    reference, found = perplexity(on_cpu, held_out), perplexity(on_gpu, held_out)
+    # Activations that round the other way change single logits, not the average over 8000 tokens.
+    assert abs(found / reference - 1) < 2e-3
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_generate_compiled_on_the_gpu(scheme, tokenizer, calibration):
+    torch._dynamo.reset()
+    backend.reports.clear()
+    model = demo.load_model("cuda")
+    full = perplexity(model, demo.held_out_windows(tokenizer, 16))
+    tqcompile.compile(model, calibration, scheme=scheme, progress=False)  # "auto": compiled, as it is on a GPU
+    ids = tokenizer("def add(a, b):", return_tensors="pt")["input_ids"].cuda()
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 32, "do_sample": False}
+    out = model.generate(ids, **options)
+    assert out.shape[1] > ids.shape[1]
+    assert_every_op_runs_its_kernel()
+    with torch.no_grad():
+        compiled = model(input_ids=out, use_cache=False).logits
+        with torch.compiler.set_stance("force_eager"):
+            eager = model(input_ids=out, use_cache=False).logits
+    # Inductor sums in another order, so a few quantized activations round the other way.
+    assert (compiled - eager).norm() < 0.02 * eager.norm()
+    limit = {"twin-w4a4": 1.15, "twin-w4a8": 1.05, "twin-w4a16": 1.05}[scheme]
+    assert perplexity(model, demo.held_out_windows(tokenizer, 16)) < limit * full
+
+
+def test_static_cache_and_cuda_graphs_at_8b_width():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch._dynamo.reset()
+    backend.reports.clear()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_hidden_layers=2,
+        vocab_size=32000,
+    )
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    ids = torch.randint(0, 32000, (4, 256))
+    tqcompile.compile(model, ids, scheme="twin-w4a8", rank=64, progress=False)
+    prompt = torch.randint(0, 32000, (1, 40), device="cuda")
+    options = {"max_new_tokens": 24, "do_sample": False, "cache_implementation": "static"}
+    first = model.generate(prompt, **options)
+    assert first.shape == (1, 64)
+    assert torch.equal(first, model.generate(prompt, **options))
+    assert_every_op_runs_its_kernel()
+    errors = [layer.error for layer in tqcompile.report(model).layers]
+    assert max(errors) < 0.2

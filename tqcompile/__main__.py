@@ -1,0 +1,5 @@
+"""``python -m tqcompile``."""
+
+from tqcompile.cli import main
+
+main()
