@@ -3,6 +3,7 @@
 The naming scheme is in :mod:`tqcompile.exporters.onnx`. Bodies are ONNX text, so they can be read as they are.
 """
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -25,7 +26,7 @@ def lower(model, opset: int) -> None:
     """
     import onnx
     import onnx_ir as ir
-    from onnx_ir.passes.common import ClearMetadataAndDocStringPass, DeduplicateInitializersPass
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     done: set[str] = set()
     model.opset_imports[DOMAIN] = 1
@@ -37,15 +38,18 @@ def lower(model, opset: int) -> None:
         if node.op_type == "TwinLinear":
             ratio = node.attributes["act_ratio"].as_float()
             node.attributes.clear()
+            if ratio > 0:
+                node.attributes["act_ratio"] = ir.AttrFloat32("act_ratio", ratio)
             for name, part in (("group_size", "residual"), ("up_group_size", "up")):
                 if part in given:
                     columns, groups = _to_k_major(given[part], given[f"{part}_scale"], done)
                     node.attributes[name] = ir.AttrInt64(name, columns // groups)
             if "down" in given:
+                for name in ("down", "down_scale"):
+                    if given[name].name in done:  # siblings may share them
+                        given[name] = _copy(model.graph, given[name], done)
                 _to_k_major(given["down"], given["down_scale"], done)
-            if ratio > 0:
-                node.attributes["act_ratio"] = ir.AttrFloat32("act_ratio", ratio)
-            node.name = given["residual"].name.removeprefix("model.").removesuffix(".residual.weight_packed")
+            node.name = given["residual"].name.removeprefix("model.").removesuffix("residual.weight_packed").rstrip(".")
             node.outputs[0].dtype = ir.DataType.FLOAT
             node.op_type, text = twin_linear_function(given, ratio > 0)
         else:
@@ -59,7 +63,7 @@ def lower(model, opset: int) -> None:
         header = f'<domain: "{DOMAIN}", opset_import: ["": {opset}]>\n'
         function = ir.serde.deserialize_function(onnx.parser.parse_function(header + text))
         model.functions[function.identifier()] = function
-    DeduplicateInitializersPass(size_limit=1 << 20)(model)  # every layer brings its copy of the same rotation
+    _share_equal(model.graph, keep=done)
     ClearMetadataAndDocStringPass()(model)  # stack traces: paths of this machine, and longer than the graph
     model.metadata_props.clear()
     model.producer_name, model.producer_version = "tqcompile", tqcompile.__version__
@@ -68,6 +72,36 @@ def lower(model, opset: int) -> None:
         name = value.name.removeprefix("model.")
         if name not in model.graph.initializers and name not in taken:
             value.name = name
+
+
+def _share_equal(graph, keep: set[str]) -> None:
+    """Store equal initializers once, since every layer brings its copy of the same rotation; not those of ``keep``."""
+    import onnx_ir as ir
+
+    first: dict[tuple, ir.Value] = {}
+    for value in list(graph.initializers.values()):
+        tensor = value.const_value
+        if value.name in keep or tensor.size > 1 << 20 or value.is_graph_output():
+            continue
+        kept = first.setdefault((tensor.dtype, tuple(tensor.shape), tensor.tobytes()), value)
+        if kept is not value:
+            ir.convenience.replace_all_uses_with(value, kept)
+            del graph.initializers[value.name]
+
+
+def _copy(graph, value, done: set[str]):
+    """A second initializer with the tensor of ``value``, which is in ``done``; so is the copy.
+
+    ONNX Runtime merges dequantization and product only where a single product reads the weight and its scale. The
+    price is small, since a low-rank factor has few columns.
+    """
+    import onnx_ir as ir
+
+    number = next(n for n in itertools.count(2) if f"{value.name}.{n}" not in graph.initializers)
+    copy = ir.Value(name=f"{value.name}.{number}", shape=value.shape, type=value.type, const_value=value.const_value)
+    graph.register_initializer(copy)
+    done.add(copy.name)
+    return copy
 
 
 def _set(value, array: np.ndarray) -> None:
@@ -89,7 +123,7 @@ def _to_k_major(packed, scale, done: set[str]) -> tuple[int, int]:
         data = nibbles[:, 0] | (nibbles[:, 1] << 4)
         packed.const_value = ir.PackedTensor(data, ir.DataType.INT4, shape=ir.Shape((k, n)), name=packed.name)
         packed.dtype, packed.shape = ir.DataType.INT4, ir.Shape((k, n))
-    if scale.name not in done:  # torch's optimizer may have merged equal scales of different matrices, or the reverse
+    if scale.name not in done:  # asked apart: torch may have merged equal scales of different matrices
         done.add(scale.name)
         _set(scale, np.ascontiguousarray(scale.const_value.numpy().astype(np.float32).T))
     return packed.shape[0], scale.shape[0]

@@ -14,6 +14,7 @@ class Journal:
         self._model = model
         self._modules: list[tuple[str, nn.Module]] = []
         self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._training = {module: module.training for module in model.modules()}
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put ``module`` in the place of the submodule ``name``."""
@@ -32,6 +33,8 @@ class Journal:
                 self._set(name, module)
             for parameter, copy in reversed(self._tensors):
                 parameter.copy_(copy)
+        for module, mode in self._training.items():
+            module.training = mode
 
     def _set(self, name: str, module: nn.Module) -> None:
         parent, _, attribute = name.rpartition(".")

@@ -1,7 +1,7 @@
 """``compile``: the main pipeline, from a model and calibration data to a quantized model.
 
-    check -> load data -> capture and analyse -> per block: calibrate -> choose scales -> absorb -> transform
-    -> quantize -> replace -> measure -> freeze -> torch.compile
+check -> load data -> capture and analyse -> per block: calibrate -> choose scales -> absorb -> transform
+-> quantize -> replace -> measure -> freeze -> torch.compile
 """
 
 import contextlib
@@ -115,23 +115,22 @@ def check_model(model: nn.Module) -> None:
     for name, linear in linears:
         if linear.weight.is_meta:
             raise ModelError(f"{name}.weight is on the meta device. Load the weights before quantizing.")
-        if not torch.isfinite(linear.weight).all():
-            raise ModelError(f"{name}.weight holds NaN or infinity. The checkpoint is damaged, or training diverged.")
+        for leaf, tensor in (("weight", linear.weight), ("bias", linear.bias)):
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise ModelError(f"{name}.{leaf} holds NaN or infinity: a damaged checkpoint, or training diverged.")
 
 
 @contextlib.contextmanager
 def _frozen_while_working(model: nn.Module) -> Iterator[Journal]:
     """Eval mode and no gradients inside; on any error the model is put back as it was."""
     check_model(model)
-    training, journal = {m: m.training for m in model.modules()}, Journal(model)
+    journal = Journal(model)
     model.eval()
     try:
         with torch.no_grad():
             yield journal
     except BaseException:
         journal.restore()
-        for module, mode in training.items():
-            module.training = mode
         raise
 
 
@@ -192,7 +191,7 @@ def _quantize_unit(
         device = config.device or linears[0].weight.device
         weights = [linear.weight.detach().to(device, torch.float32) for linear in linears]
         absorber = site.absorber
-        if absorber and (not absorb or (absorber.kind != "norm" and absorber.module not in in_unit)):
+        if absorber and not (absorb and _can_absorb(absorber, unit, in_unit)):
             absorber = None
         tie = producer_channel(absorber, weights[0].shape[1]).to(device) if absorber else None
         problem = SiteProblem(weights, [m.bias for m in linears], statistics.get(site), scheme, config, tie, site.name)
@@ -242,6 +241,13 @@ def _quantize_unit(
             )
         bar.advance(site.name, report.layers[-1].error)
     return results
+
+
+def _can_absorb(absorber: Absorber, unit: Unit, in_unit: set[str]) -> bool:
+    """Whether the producer is calibrated with this unit: the unit's recorded inputs are those of an older producer."""
+    if absorber.kind != "norm":
+        return absorber.module in in_unit
+    return unit.name == "model" or absorber.module.startswith(f"{unit.name}.")
 
 
 def _describe(transform: SiteTransform, site: Site, absorber: Absorber | None) -> str:

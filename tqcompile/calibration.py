@@ -101,7 +101,8 @@ def split_into_units(model: nn.Module, sites: tuple[Site, ...], batches: list[Ba
             rest = [site for site in rest if site not in inside]
             if inside:
                 yield Unit(name, inside, lambda start, index=index: driver.run(index, start))
-            driver.advance(index)
+            if index < count - 1:
+                driver.advance(index)
     if rest:
         yield Unit("model", rest, lambda start: _run_whole(model, batches, start))
 

@@ -4,6 +4,7 @@ A directory is written beside its destination and moved into place when complete
 tensor is checked against the manifest ``tqcompile.json``; nothing in a checkpoint is ever executed.
 """
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -31,6 +32,7 @@ _SAFETENSORS_NAME = {
     torch.float64: "F64",
     torch.uint8: "U8",
 }
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
 def quantization_config(config: Config, specs: dict[str, dict]) -> dict[str, Any]:
@@ -64,22 +66,16 @@ def save(model: nn.Module, directory: str | Path) -> None:
         raise CheckpointError(f"{target} exists and is not a tqcompile checkpoint. Choose another directory.")
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    new, old = staging / "new", staging / "old"
     try:
-        _write(model, state, staging)
-        staging.chmod(0o755)
-        previous = None
+        new.mkdir()
+        _write(model, state, new)
         if target.exists():
-            previous = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            target.rename(previous / "checkpoint")
-        try:
-            staging.rename(target)
-        except OSError:
-            if previous is not None:
-                (previous / "checkpoint").rename(target)
-            raise
-        if previous is not None:
-            shutil.rmtree(previous)
+            target.rename(old)
+        new.rename(target)
     finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
         shutil.rmtree(staging, ignore_errors=True)
 
 
@@ -116,11 +112,21 @@ def load(directory: str | Path, model: nn.Module | None = None, **from_pretraine
     state: dict[str, torch.Tensor] = {}
     for file in files:
         state |= load_file(file)
+    _fill_aliases(model, state)
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     if missing or unexpected:
         raise CheckpointError(f"{directory}: missing tensors {missing[:3]}, unexpected tensors {unexpected[:3]}.")
     finish_loading(model, settings["quantization_config"], directory)
     return model.eval()
+
+
+def _fill_aliases(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """A tensor with several names in the model is stored once; give it back its other names."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    stored = {id(tensor): state[name] for name, tensor in named if name in state}
+    for name, tensor in named:
+        if id(tensor) in stored:
+            state.setdefault(name, stored[id(tensor)])
 
 
 def replace_linears(model: nn.Module, quantization: dict[str, Any], files: list[Path]) -> None:
@@ -132,6 +138,8 @@ def replace_linears(model: nn.Module, quantization: dict[str, Any], files: list[
     version = quantization.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(f"checkpoint format {version!r} is not {FORMAT_VERSION}: another tqcompile wrote it.")
+    if not isinstance(quantization.get("modules"), dict):
+        raise CheckpointError("the quantization_config in config.json describes no modules; it was altered.")
     headers = verify_files(files)
     layers: dict[str, TwinLinear] = {}
     modules = dict(model.named_modules())
@@ -139,7 +147,11 @@ def replace_linears(model: nn.Module, quantization: dict[str, Any], files: list[
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
             raise CheckpointError(f"{name}: no linear layer of that name; the checkpoint is of another model.")
-        layer = TwinLinear(_checked_spec(name, data, linear), device="meta")
+        spec = _checked_spec(name, data, linear)
+        stored = headers.get(f"{name}.bias", {}).get("dtype")
+        if spec.bias_dtype and stored in _FLOATS:  # a bias followed ``model.to(dtype)`` after it was quantized
+            spec = dataclasses.replace(spec, bias_dtype=_FLOATS[stored])
+        layer = TwinLinear(spec, device="meta")
         for key, tensor in layer.state_dict().items():
             _check_entry(f"{name}.{key}", tensor, headers)
         layers[name] = layer
@@ -157,7 +169,10 @@ def finish_loading(model: nn.Module, quantization: dict[str, Any], directory: Pa
     model.tqcompile_quantization = quantization
     manifest = directory / MANIFEST
     if manifest.is_file():
-        model.tqcompile_report = Report.from_dict(json.loads(manifest.read_text())["report"])
+        try:
+            model.tqcompile_report = Report.from_dict(_read_manifest(manifest)["report"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{manifest} holds no readable report ({error!r}); it was altered.") from error
 
 
 def verify_files(files: list[Path]) -> dict[str, dict]:
@@ -171,7 +186,7 @@ def verify_files(files: list[Path]) -> dict[str, dict]:
     if not files:
         raise CheckpointError("the checkpoint holds no .safetensors file.")
     manifest_file = files[0].parent / MANIFEST
-    expected = json.loads(manifest_file.read_text())["tensors"] if manifest_file.is_file() else None
+    expected = _read_manifest(manifest_file)["tensors"] if manifest_file.is_file() else None
     found: dict[str, dict] = {}
     for file in files:
         for name, entry in _hash_tensors(file).items():
@@ -184,6 +199,16 @@ def verify_files(files: list[Path]) -> dict[str, dict]:
         if name not in found:
             raise CheckpointError(f"tensor {name} is missing from the checkpoint.")
     return found
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); the checkpoint is damaged.") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("tensors"), dict):
+        raise CheckpointError(f"{path} lists no tensors; the checkpoint is damaged.")
+    return manifest
 
 
 def _write(model: nn.Module, quantization: dict[str, Any], directory: Path) -> None:
@@ -210,7 +235,8 @@ def _read_settings(directory: Path) -> dict[str, Any]:
         settings = json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); the checkpoint is damaged.") from error
-    method = (settings.get("quantization_config") or {}).get("quant_method")
+    quantization = settings.get("quantization_config") if isinstance(settings, dict) else None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method != QUANT_METHOD:
         raise CheckpointError(
             f"{path} has quant_method {method!r}, not {QUANT_METHOD!r}; it was not written by tqcompile."
@@ -225,25 +251,29 @@ def _hash_tensors(file: Path) -> dict[str, dict]:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
             raise CheckpointError(f"{file.name} is truncated: its header does not fit in {size} bytes.")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise CheckpointError(f"{file.name} has a damaged header ({error}).") from error
         entries = {}
-        for name, info in sorted(header.items(), key=lambda item: item[1].get("data_offsets", [0])[0]):
-            if name == "__metadata__":
-                continue
-            begin, end = info["data_offsets"]
-            if 8 + length + end > size:
-                raise CheckpointError(f"{file.name} is truncated: tensor {name} ends after the end of the file.")
-            stream.seek(8 + length + begin)
-            digest, left = hashlib.sha256(), end - begin
-            while left > 0:
-                chunk = stream.read(min(left, 1 << 24))
-                digest.update(chunk)
-                left -= len(chunk)
-            entries[name] = {"dtype": info["dtype"], "shape": info["shape"], "sha256": digest.hexdigest()}
+        try:
+            for name, info in _tensor_infos(stream.read(length)):
+                begin, end = info["data_offsets"]
+                if 8 + length + end > size:
+                    raise CheckpointError(f"{file.name} is truncated: tensor {name} ends after the end of the file.")
+                stream.seek(8 + length + begin)
+                digest, left = hashlib.sha256(), end - begin
+                while left > 0:
+                    chunk = stream.read(min(left, 1 << 24))
+                    digest.update(chunk)
+                    left -= len(chunk)
+                entries[name] = {"dtype": info["dtype"], "shape": info["shape"], "sha256": digest.hexdigest()}
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{file.name} has a damaged header ({error!r}).") from error
     return entries
+
+
+def _tensor_infos(header: bytes) -> list[tuple[str, dict]]:
+    infos = [(name, info) for name, info in json.loads(header).items() if name != "__metadata__"]
+    return sorted(infos, key=lambda item: item[1]["data_offsets"][0])
 
 
 def _checked_spec(name: str, data: dict, linear: nn.Linear) -> LinearSpec:
@@ -268,15 +298,19 @@ def _checked_spec(name: str, data: dict, linear: nn.Linear) -> LinearSpec:
         or not _are_signs(spec.rotation_signs, spec.rotation_block)
         or spec.act_bits not in (4, 8, 16)
         or spec.low_rank_bits not in (4, 16)
-        or spec.bias_dtype not in (None, "float32", "float16", "bfloat16", "float64")
+        or (spec.bias_dtype is not None and spec.bias_dtype not in _FLOATS.values())
         or not isinstance(spec.act_ratio, (int, float))
+        or not (0 < spec.act_ratio < 1 if spec.act_bits == 4 else spec.act_ratio == 0)
     ):
         raise CheckpointError(f"{name}: impossible layer description in config.json: {data}.")
     return spec
 
 
 def _are_signs(signs: Any, block: int) -> bool:
-    return signs == "" or (isinstance(signs, str) and 4 * len(signs) == block and set(signs) <= set("0123456789abcdef"))
+    if signs == "":
+        return True
+    hexadecimal = isinstance(signs, str) and set(signs) <= set("0123456789abcdef")
+    return hexadecimal and 4 * len(signs) == block and block & (block - 1) == 0
 
 
 def _check_entry(name: str, tensor: torch.Tensor, headers: dict[str, dict]) -> None:

