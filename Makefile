@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # On a machine with an NVIDIA GPU, torch brings the Triton that belongs to it.
+# Test processes: two, but one where they would share a GPU.
+WORKERS = $(if $(GPU),0,2)
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 CONSTRAINTS := $(if $(GPU),$(VENV)/constraints-gpu.txt,constraints.txt)
 
@@ -11,7 +13,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m tqcompile demo
 
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

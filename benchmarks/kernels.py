@@ -128,9 +128,7 @@ def measure(name: str, tokens: tuple, rank: int) -> list[dict]:
 
         row["us"]["bf16"] = microseconds(lambda w, x=x: F.linear(x, w[0]), dense)
         if stock and t <= COMPOSITION_TOKENS:
-            row["us"]["composed"] = microseconds(
-                lambda w, x=x: stock(w, x), stock_copies[: 32 if t <= 100 else 2]
-            )
+            row["us"]["composed"] = microseconds(lambda w, x=x: stock(w, x), stock_copies[: 32 if t <= 100 else 2])
         row["us"]["quantize"] = microseconds(lambda w, x=x: quantize_activation.launch(x, None, None), packed)
         for form in FORMS:
             row["us"][form] = microseconds(lambda w, form=form: ours(w, form), packed)
@@ -147,9 +145,7 @@ def table(rows: list[dict]) -> str:
         for c in columns:
             us = row["us"].get(c)
             ratio = row["ratio_to_bf16"].get(c)
-            cells.append(
-                "-" if us is None else f"{us:.1f}" + (f" ({ratio:.2f}x)" if ratio and c != "quantize" else "")
-            )
+            cells.append("-" if us is None else f"{us:.1f}" + (f" ({ratio:.2f}x)" if ratio and c != "quantize" else ""))
         # Quantizing always comes close to its bound, half a step; the column shows the matrix products.
         worst = max(v for key, v in row["worst_error_over_bound"].items() if key != "quantize")
         lines.append(f"{row['layer']:8}{row['T']:6}" + "".join(f"{c:>18}" for c in cells) + f"{worst:13.3f}")
@@ -157,9 +153,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=pathlib.Path, help="also write the rows to this file")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--layers", default=",".join(SHAPES), help=f"of {', '.join(SHAPES)}")

@@ -5,6 +5,7 @@ table and writes JSON with ``--json``. Needs a GPU.
 """
 
 import argparse
+import collections
 import json
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tqcompile
+from tqcompile import backend
 
 SCHEMES = ("rtn-w4a8", "gptq-w4a8", "svdquant-w4a8", "twin-w4a8", "twin-w4a4", "twin-w4a16")
 BLOCKS = 2
@@ -48,12 +50,23 @@ def measure(scheme: str, samples: int, seq_len: int, rank: int) -> dict:
     report = tqcompile.report(model)
     return {
         "scheme": scheme,
+        "ops_compiled": _generate_compiled(model, ids[:1, :16].cuda()) if scheme == "twin-w4a8" else {},
         "seconds_per_block": seconds / BLOCKS,
         "seconds_in_methods_per_block": sum(layer.seconds for layer in report.layers) / BLOCKS,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
         "bits_per_weight": report.bits_per_weight,
         "mean_error": sum(layer.error for layer in report.layers) / len(report.layers),
     }
+
+
+def _generate_compiled(model: LlamaForCausalLM, prompt: torch.Tensor) -> dict[str, int]:
+    """Generate through torch.compile with a static cache; implementation of our ops -> how many nodes."""
+    backend.reports.clear()
+    model.compile(backend="twinquant", dynamic=True)
+    out = model.generate(prompt, max_new_tokens=8, do_sample=False, cache_implementation="static")
+    if out.shape[0] != 1 or out.shape[1] <= prompt.shape[1]:
+        raise SystemExit(f"compiled generate returned {tuple(out.shape)}")
+    return dict(collections.Counter(choice for report in backend.reports for choice in report.lowered.values()))
 
 
 def main() -> None:
@@ -68,7 +81,7 @@ def main() -> None:
     measure("rtn-w4a8", 2, 64, args.rank)  # compiles the kernels, loads the libraries
     rows = [measure(scheme, args.samples, args.seq_len, args.rank) for scheme in SCHEMES]
     for row in rows:
-        print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else value for key, value in row.items()))
+        print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()))
     if args.json:
         settings = {
             "gpu": torch.cuda.get_device_name(),

@@ -364,6 +364,34 @@ def test_attach_recipe_leaves_the_model_and_remembers_the_components():
     assert all(recipes.lookup(p) is None for n, p in model.named_parameters() if "proj.weight" not in n)
 
 
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(64), nn.Linear(64, 48)
+
+    def forward(self, x):
+        return self.linear(self.norm(x))
+
+
+def test_the_consumer_undoes_the_scale_that_the_norm_really_took():
+    # A bfloat16 LayerNorm takes powers of two only: up to a factor of 1.4 from what was asked for.
+    torch.manual_seed(5)
+    model = Normed()
+    with torch.no_grad():
+        model.norm.weight.mul_(torch.exp(torch.randn(64)))
+        model.norm.bias.normal_()
+    model.to(torch.bfloat16)
+    g = torch.Generator().manual_seed(6)
+    data = [{"x": torch.randn(80, 64, generator=g).to(torch.bfloat16)} for _ in range(4)]
+    before = model(data[-1]["x"]).detach().float()
+    quantize(model, data, scheme="svdquant-w4a16")
+    (record,) = tqcompile.report(model).layers
+    assert record.transform == "scale in norm"
+    # Ignoring the difference would cost about 0.2.
+    assert record.error < 0.08
+    assert relative(model(data[-1]["x"]).float(), before) < 0.08
+
+
 class Chain(nn.Module):
     """Each block's norm feeds the next block's linear and nothing else: it can absorb that linear's scale."""
 

@@ -46,6 +46,8 @@ def test_unknown_scheme_lists_the_known_ones(name):
         ({"group_size": -64}, "group_size must be a positive multiple of 32, got -64"),
         ({"group_size": 100}, "group_size must be a positive multiple of 32, got 100"),
         ({"group_size": "128"}, "group_size must be an integer, got '128'"),
+        ({"steps": 1}, "steps=1: learned transforms are not available yet; use steps=0"),
+        ({"steps": -1}, "steps=-1: "),
         ({"samples": 0}, "samples must be positive"),
         ({"samples": None}, "samples must be an integer, got None"),
         ({"seq_len": 1}, "seq_len at least 2"),
@@ -97,7 +99,16 @@ def test_replace_leaves_the_original_alone():
 
 
 def test_round_trip_through_json():
-    config = Config("svdquant-w4a4", 64, 32, ("re:.*down_proj", "layers.0"), 7, 64, 11, "cuda:1")
+    config = Config(
+        scheme="svdquant-w4a4",
+        rank=64,
+        group_size=32,
+        ignore=("re:.*down_proj", "layers.0"),
+        samples=7,
+        seq_len=64,
+        seed=11,
+        device="cuda:1",
+    )
     data = json.loads(json.dumps(config.to_dict()))
     assert Config.from_dict(data) == config
     assert set(data) == {field.name for field in dataclasses.fields(Config)}

@@ -5,6 +5,7 @@ check -> load data -> capture and analyse -> per block: calibrate -> choose scal
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -181,72 +182,100 @@ def _quantize_unit(
     bar: Progress,
     absorb: bool,
 ) -> dict[str, QuantizedLinear]:
-    """Quantize and replace the linears of one unit: scales first, since one site's scale moves into another."""
-    scheme = Scheme.parse(config.scheme)
-    problems, scales = {}, {}
+    """Quantize and replace the linears of one unit: all scales first, since one site's scale moves into another."""
     row_scales: dict[str, torch.Tensor] = {}
-    in_unit = {name for site in unit.sites for name in site.linears}
-    for site in unit.sites:
-        linears = [model.get_submodule(name) for name in site.linears]
-        device = config.device or linears[0].weight.device
-        weights = [linear.weight.detach().to(device, torch.float32) for linear in linears]
-        absorber = site.absorber
-        if absorber and not (absorb and _can_absorb(absorber, unit, in_unit)):
-            absorber = None
-        tie = producer_channel(absorber, weights[0].shape[1]).to(device) if absorber else None
-        problem = SiteProblem(weights, [m.bias for m in linears], statistics.get(site), scheme, config, tie, site.name)
-        scale = choose_scale(problem)
-        if scale is not None and absorber is not None:
-            if absorber.kind == "norm":
-                norm = model.get_submodule(absorber.module)
-                journal.remember(norm)
-                scale = absorb_into_norm(norm, scale).to(device)
-            else:
-                row_scales[absorber.module] = producer_scale(absorber, scale)
-        problems[site], scales[site] = problem, (scale, absorber)
+    prepared = [
+        _prepare_site(model, unit, site, statistics.get(site), config, journal, row_scales, absorb)
+        for site in unit.sites
+    ]
     results: dict[str, QuantizedLinear] = {}
-    for site, problem in problems.items():
-        began = time.perf_counter()
-        scale, absorber = scales[site]
-        for index, name in enumerate(site.linears):
-            if name in row_scales:
-                rows = row_scales[name]
-                problem.weights[index] = problem.weights[index] / rows[:, None]
-                bias = problem.biases[index]
-                problem.biases[index] = None if bias is None else (bias.float() / rows).to(bias.dtype)
-        transform = closed_form_transform(problem, scale)
-        quantized = quantize_site(problem, transform)
-        if absorber is not None and scale is not None:
-            quantized = [absorbed(q) for q in quantized]
-        for index, (name, result) in enumerate(zip(site.linears, quantized, strict=True)):
-            device = model.get_submodule(name).weight.device
-            layer = TwinLinear.from_quantized(result)
-            error = None
-            if problem.statistics is not None:
-                outside = scale if absorber is not None else None
-                error = output_error(layer, problem.weights[index], problem.statistics.held_out, outside)
-            journal.replace(name, layer.to(device))
-            results[name] = result
-            report.layers.append(
-                LayerRecord(
-                    name=name,
-                    shape=tuple(problem.weights[index].shape),
-                    scheme=config.scheme,
-                    rank=result.spec.rank,
-                    error=error,
-                    bits=stored_bits(layer),
-                    transform=_describe(transform, site, absorber),
-                    seconds=(time.perf_counter() - began) / len(site.linears),
-                )
-            )
-        bar.advance(site.name, report.layers[-1].error)
+    for work in prepared:
+        results |= _quantize_prepared(model, work, row_scales, journal, report)
+        bar.advance(work.site.name, report.layers[-1].error)
     return results
 
 
-def _can_absorb(absorber: Absorber, unit: Unit, in_unit: set[str]) -> bool:
+@dataclasses.dataclass
+class _Prepared:
+    """A site with its scale (K,) or None, and the absorber that applies the scale's reciprocal, or None."""
+
+    site: Site
+    problem: SiteProblem
+    scale: torch.Tensor | None
+    absorber: Absorber | None
+    seconds: float
+
+
+def _prepare_site(
+    model: nn.Module,
+    unit: Unit,
+    site: Site,
+    statistics: SiteStatistics | None,
+    config: Config,
+    journal: Journal,
+    row_scales: dict[str, torch.Tensor],
+    absorb: bool,
+) -> _Prepared:
+    """Choose a site's scale and hand it to its absorber: into the norm now, into ``row_scales`` for a linear."""
+    began = time.perf_counter()
+    linears = [model.get_submodule(name) for name in site.linears]
+    device = config.device or linears[0].weight.device
+    weights = [linear.weight.detach().to(device, torch.float32) for linear in linears]
+    biases = [None if linear.bias is None else linear.bias.detach().to(device) for linear in linears]
+    absorber = site.absorber if site.absorber and absorb and _can_absorb(site.absorber, unit) else None
+    tie = producer_channel(absorber, weights[0].shape[1]).to(device) if absorber else None
+    problem = SiteProblem(weights, biases, statistics, Scheme.parse(config.scheme), config, tie, site.name)
+    scale = choose_scale(problem)
+    if scale is None:
+        absorber = None
+    elif absorber is not None and absorber.kind == "norm":
+        norm = model.get_submodule(absorber.module)
+        journal.remember(norm)
+        scale = absorb_into_norm(norm, scale).to(device)
+    elif absorber is not None:
+        row_scales[absorber.module] = producer_scale(absorber, scale)
+    return _Prepared(site, problem, scale, absorber, time.perf_counter() - began)
+
+
+def _quantize_prepared(
+    model: nn.Module, work: _Prepared, row_scales: dict[str, torch.Tensor], journal: Journal, report: Report
+) -> dict[str, QuantizedLinear]:
+    """Transform, quantize, replace and measure the linears of one site."""
+    began = time.perf_counter()
+    problem, site = work.problem, work.site
+    for index, name in enumerate(site.linears):
+        if name in row_scales:
+            problem.divide_rows(index, row_scales[name])
+    transform = closed_form_transform(problem, work.scale)
+    quantized = quantize_site(problem, transform)
+    if work.absorber is not None:
+        quantized = [absorbed(result) for result in quantized]
+    seconds = (work.seconds + time.perf_counter() - began) / len(site.linears)
+    for name, weight, result in zip(site.linears, problem.weights, quantized, strict=True):
+        layer, error = TwinLinear.from_quantized(result), None
+        if problem.statistics is not None:
+            outside = work.scale if work.absorber is not None else None
+            error = output_error(layer, weight, problem.statistics.held_out, outside)
+        report.layers.append(
+            LayerRecord(
+                name=name,
+                shape=tuple(weight.shape),
+                scheme=problem.scheme.name,
+                rank=result.spec.rank,
+                error=error,
+                bits=stored_bits(layer),
+                transform=_describe(transform, site, work.absorber),
+                seconds=seconds,
+            )
+        )
+        journal.replace(name, layer.to(model.get_submodule(name).weight.device))
+    return dict(zip(site.linears, quantized, strict=True))
+
+
+def _can_absorb(absorber: Absorber, unit: Unit) -> bool:
     """Whether the producer is calibrated with this unit: the unit's recorded inputs are those of an older producer."""
     if absorber.kind != "norm":
-        return absorber.module in in_unit
+        return any(absorber.module in site.linears for site in unit.sites)
     return unit.name == "model" or absorber.module.startswith(f"{unit.name}.")
 
 

@@ -35,7 +35,7 @@ def signed_hadamard(signs: str) -> torch.Tensor:
 
 
 def mixing_matrix(size: int, generator: torch.Generator) -> torch.Tensor:
-    """An orthogonal (size, size) matrix that spreads energy evenly: Hadamard, or random for other than powers of two."""
+    """An orthogonal (size, size) matrix that spreads energy evenly: Hadamard, or random if size is no power of 2."""
     if size & (size - 1) == 0:
         return hadamard_matrix(size)
     return torch.linalg.qr(torch.randn(size, size, generator=generator))[0]

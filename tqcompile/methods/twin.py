@@ -53,6 +53,12 @@ class SiteProblem:
         """(sum N_i, K) float32."""
         return torch.cat([w.detach().float() for w in self.weights])
 
+    def divide_rows(self, index: int, scale: torch.Tensor) -> None:
+        """Divide the outputs of linear ``index`` by ``scale`` (N_i,): the scale of a site that reads them."""
+        self.weights[index] = self.weights[index] / scale[:, None]
+        bias = self.biases[index]
+        self.biases[index] = None if bias is None else (bias.float() / scale.to(bias.device)).to(bias.dtype)
+
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.config.seed)
 
@@ -203,9 +209,7 @@ def quantize_site(problem: SiteProblem, transform: SiteTransform) -> list[Quanti
     statistics = problem.statistics
     if statistics is not None and recipe.gptq:
         hessian = transform.hessian(statistics.hessian)
-        codes, scales = gptq(
-            residual, inverse_factor(hessian, problem.name), hessian.diagonal(), config.group_size
-        )
+        codes, scales = gptq(residual, inverse_factor(hessian, problem.name), hessian.diagonal(), config.group_size)
     else:
         scales = group_scales(residual, config.group_size, search=recipe.clip)
         codes = round_to_codes(residual, scales)

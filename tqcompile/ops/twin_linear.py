@@ -91,9 +91,7 @@ def _(x, x_scale, residual, residual_scale, down, down_scale, up, up_scale, bias
     torch._check(residual.shape[1] * 2 == k, lambda: f"residual must be ({n}, {k}/2)")
     torch._check(k % residual_scale.shape[1] == 0, lambda: "residual_scale: groups must divide K")
     torch._check(residual_scale.shape[0] == n, lambda: f"residual_scale must have {n} rows")
-    torch._check(
-        (x.dtype == torch.int8) == (x_scale is not None), lambda: "int8 x comes with x_scale, float x without"
-    )
+    torch._check((x.dtype == torch.int8) == (x_scale is not None), lambda: "int8 x comes with x_scale, float x without")
     torch._check(act_ratio == 0 or x_scale is not None, lambda: "act_ratio needs int8 x")
     torch._check((down is None) == (up is None), lambda: "down and up come together")
     if down is not None:
