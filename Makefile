@@ -2,10 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# On a machine with an NVIDIA GPU, torch brings the Triton that belongs to it.
-# Test processes: two, but one where they would share a GPU.
-WORKERS = $(if $(GPU),0,2)
+# On a machine with an NVIDIA GPU, torch brings the Triton that belongs to it, and one test process owns the GPU.
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
+WORKERS := $(if $(GPU),0,2)
 CONSTRAINTS := $(if $(GPU),$(VENV)/constraints-gpu.txt,constraints.txt)
 
 .PHONY: demo test lint clean
