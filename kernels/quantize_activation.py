@@ -73,18 +73,14 @@ def _quantize(
     h = _transformed(x_row, input_scale, rotation, 0, K, ROWS, COLS, SLICE, SCALE, ROTATE, INTERPRET)
     top = tl.max(tl.max(tl.abs(h), axis=1), axis=0)
     for i in range(1, CHUNKS):
-        h = _transformed(
-            x_row, input_scale, rotation, i * SIZE, K, ROWS, COLS, SLICE, SCALE, ROTATE, INTERPRET
-        )
+        h = _transformed(x_row, input_scale, rotation, i * SIZE, K, ROWS, COLS, SLICE, SCALE, ROTATE, INTERPRET)
         top = tl.maximum(top, tl.max(tl.max(tl.abs(h), axis=1), axis=0))
     scale = tl.div_rn(tl.maximum(top, 1e-30), 127.0)
     tl.store(x_scale + token, scale)
     # After the loop h is the last chunk: with one chunk, the only one.
     _store_quantized(h, scale, q_row, (CHUNKS - 1) * SIZE, K, ROWS, COLS)
     for i in range(CHUNKS - 1):
-        h = _transformed(
-            x_row, input_scale, rotation, i * SIZE, K, ROWS, COLS, SLICE, SCALE, ROTATE, INTERPRET
-        )
+        h = _transformed(x_row, input_scale, rotation, i * SIZE, K, ROWS, COLS, SLICE, SCALE, ROTATE, INTERPRET)
         _store_quantized(h, scale, q_row, i * SIZE, K, ROWS, COLS)
 
 
@@ -103,9 +99,7 @@ def unsupported(x, input_scale, rotation) -> str | None:
     if rotation is not None:
         b = rotation.shape[0] if rotation.dim() == 2 and rotation.shape[0] == rotation.shape[1] else 0
         if b not in ROTATION_BLOCKS or k % b or not rotation.is_floating_point():
-            return (
-                f"rotation must be (b, b), b in {ROTATION_BLOCKS} dividing K={k}, got {tuple(rotation.shape)}"
-            )
+            return f"rotation must be (b, b), b in {ROTATION_BLOCKS} dividing K={k}, got {tuple(rotation.shape)}"
     return None
 
 

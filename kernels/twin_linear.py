@@ -350,9 +350,7 @@ def launch(
     return y
 
 
-def _run(
-    x, x_scale, residual, residual_scale, down, down_scale, up, up_scale, bias, act_ratio, y, tile
-) -> None:
+def _run(x, x_scale, residual, residual_scale, down, down_scale, up, up_scale, bias, act_ratio, y, tile) -> None:
     n, k = residual.shape[0], x.shape[-1]
     t, rank = y.numel() // n, 0 if down is None else down.shape[0]
     res_group = k // residual_scale.shape[1]

@@ -59,14 +59,8 @@ def _check_patterns(patterns: tuple[str, ...], names: list[str]) -> None:
     parts = {part for name in names for part in name.split(".")}
     for pattern in patterns:
         if pattern not in DEFAULT_IGNORE and not any(matches(pattern, name) for name in names if name):
-            close = difflib.get_close_matches(
-                pattern.removeprefix("re:"), [*names, *sorted(parts)], n=4, cutoff=0.5
-            )
-            hint = (
-                f"; close names: {', '.join(close)}"
-                if close
-                else f"; names look like {', '.join(names[-3:])}"
-            )
+            close = difflib.get_close_matches(pattern.removeprefix("re:"), [*names, *sorted(parts)], n=4, cutoff=0.5)
+            hint = f"; close names: {', '.join(close)}" if close else f"; names look like {', '.join(names[-3:])}"
             raise ConfigError(f"ignore pattern {pattern!r} matches no module of the model{hint}")
 
 
@@ -90,12 +84,7 @@ def _shared_parameters(model: nn.Module) -> dict[str, str]:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
-    return {
-        name: next(n for n in names if n != name)
-        for names in owners.values()
-        if len(names) > 1
-        for name in names
-    }
+    return {name: next(n for n in names if n != name) for names in owners.values() if len(names) > 1 for name in names}
 
 
 def _skip_modules(model: nn.Module, modules: dict[str, nn.Module], config: Config) -> dict[str, str]:
@@ -145,9 +134,7 @@ def _skip_by_graph(gm: torch.fx.GraphModule, modules: dict[str, nn.Module]) -> d
             weight = node.args[1]
             while kind(weight) == "same":
                 weight = weight.args[0]
-            other = next(
-                (user for user in weight.users if not _reads_weight_of(user, found, found[node.name])), None
-            )
+            other = next((user for user in weight.users if not _reads_weight_of(user, found, found[node.name])), None)
             if other is not None:
                 skipped.setdefault(found[node.name], f"its weight is also read by node {other.name}")
     return skipped
@@ -159,9 +146,7 @@ def _reads_weight_of(user: torch.fx.Node, found: dict[str, str], name: str) -> b
     return is_linear(user) and found.get(user.name) == name
 
 
-def _sites(
-    gm: torch.fx.GraphModule, shared: dict, config: Config, skipped: dict[str, str]
-) -> tuple[Site, ...]:
+def _sites(gm: torch.fx.GraphModule, shared: dict, config: Config, skipped: dict[str, str]) -> tuple[Site, ...]:
     sites = []
     for node, group in gm.meta["group_shared_inputs"].items():
         kept = tuple(name for name in group if name not in skipped)

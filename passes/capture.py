@@ -62,9 +62,7 @@ def _small(example: Mapping, device: torch.device | None) -> dict:
     if len({v.shape[0] for v in tensors.values()}) == 1:
         tensors = {k: _resize(v, 0, ROWS, ROWS) for k, v in tensors.items()}
     if len({v.shape for v in tensors.values()}) == 1 and all(v.ndim == 2 for v in tensors.values()):
-        tensors = {
-            k: _resize(v, 1, MIN_TOKENS, MAX_TOKENS) for k, v in tensors.items() if not v.is_floating_point()
-        }
+        tensors = {k: _resize(v, 1, MIN_TOKENS, MAX_TOKENS) for k, v in tensors.items() if not v.is_floating_point()}
     return {**inputs, **tensors}
 
 

@@ -93,9 +93,7 @@ class _Search:
             fqns = [self.graph.nodes[name]["fqn"] for name in leaves]
             if fqns and all(fqns) and origin(factor)[0].op != "placeholder":
                 how = self.name(origin(factor)[0])
-                raise _Refused(
-                    f"the gain is computed from {fqns[0]} by {how}, as in 1 + weight: not a plain gain"
-                )
+                raise _Refused(f"the gain is computed from {fqns[0]} by {how}, as in 1 + weight: not a plain gain")
         self.require_readers(self.producer, self.reads_group)
         self.require_order()
         linears = [f for f in factors if is_linear(origin(f)[0]) and sizes(f) == sizes(self.producer)]
@@ -105,9 +103,7 @@ class _Search:
         source, path = origin(linears[-1])
         once = self.producer.args.count(linears[-1]) == 1
         self.require_channels(_channels(source), path)
-        return self.linear(
-            source, lambda reader, via: once and reader is self.producer and via is linears[-1]
-        )
+        return self.linear(source, lambda reader, via: once and reader is self.producer and via is linears[-1])
 
     def linear(self, node: torch.fx.Node, accepts) -> Absorber:
         if self.graph.nodes[node.name]["fqn"] is None:
@@ -124,9 +120,7 @@ class _Search:
             raise _Refused(f"{self.name(self.producer)} is not laid out as (batch, heads, tokens, channels)")
         self.require_readers(self.producer, self.reads_group)
         once = self.producer.args.count(value) == 1
-        name = self.linear(
-            source, lambda reader, via: once and reader is self.producer and via is value
-        ).module
+        name = self.linear(source, lambda reader, via: once and reader is self.producer and via is value).module
         (batch, heads, tokens, head_dim), rows = sizes(self.producer), sizes(source)[-1]
         moved = move(_channels(source), path)  # the row of the projection behind every element of the value
         repeat, rest = divmod(heads * head_dim, rows)
@@ -145,17 +139,13 @@ class _Search:
 
     def reads_group(self, reader: torch.fx.Node, via: torch.fx.Node) -> bool:
         named = is_linear(reader) and self.graph.nodes[reader.name]["fqn"] is not None
-        return (
-            named and reader.args[0] is via and via not in reader.args[1:] and input_of(reader) is self.shared
-        )
+        return named and reader.args[0] is via and via not in reader.args[1:] and input_of(reader) is self.shared
 
     def require_order(self) -> None:
         """Channel j of the producer is input channel j of the group."""
         self.require_channels(_channels(self.producer), self.path)
 
-    def require_channels(
-        self, source: torch.Tensor, path: list, expected: torch.Tensor | None = None
-    ) -> None:
+    def require_channels(self, source: torch.Tensor, path: list, expected: torch.Tensor | None = None) -> None:
         expected = torch.arange(source.shape[-1]) if expected is None else expected
         moved = move(source, path)
         if moved.shape[-1:] != expected.shape or not torch.equal(moved, expected.expand_as(moved)):
@@ -165,11 +155,7 @@ class _Search:
         """The parameter over the producer's channels that ``node`` is, behind casts; None if it is none."""
         while isinstance(node, torch.fx.Node) and kind(node) == "same":
             node = node.args[0]
-        named = (
-            isinstance(node, torch.fx.Node)
-            and node.op == "placeholder"
-            and self.graph.nodes[node.name]["fqn"]
-        )
+        named = isinstance(node, torch.fx.Node) and node.op == "placeholder" and self.graph.nodes[node.name]["fqn"]
         return node if named and sizes(node) == sizes(self.producer)[-1:] else None
 
     def name(self, node: torch.fx.Node) -> str:

@@ -20,9 +20,7 @@ def input_of(linear: torch.fx.Node) -> torch.fx.Node:
         node = node.args[0]
     if node.meta["val"].dtype == dtype:
         return node
-    casts = (
-        u for u in node.users if kind(u) == "same" and u.args[0] is node and u.meta["val"].dtype == dtype
-    )
+    casts = (u for u in node.users if kind(u) == "same" and u.args[0] is node and u.meta["val"].dtype == dtype)
     return next(casts, linear.args[0])
 
 

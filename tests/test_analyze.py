@@ -62,9 +62,7 @@ def test_the_whole_plan_of_a_decoder():
         (
             Site(tuple(f"{attention}.{x}_proj" for x in "qkv"), Absorber("norm", f"{layer}.input_layernorm")),
             Site((f"{attention}.o_proj",), Absorber("attn_v", f"{attention}.v_proj", 2, 16)),
-            Site(
-                (f"{mlp}.gate_proj", f"{mlp}.up_proj"), Absorber("norm", f"{layer}.post_attention_layernorm")
-            ),
+            Site((f"{mlp}.gate_proj", f"{mlp}.up_proj"), Absorber("norm", f"{layer}.post_attention_layernorm")),
             Site((f"{mlp}.down_proj",), Absorber("linear", f"{mlp}.up_proj")),
         ),
         {"lm_head": "ignored by 'lm_head'"},
@@ -87,9 +85,7 @@ def test_ignored_linears_take_absorbers_with_them():
 
 def test_ignored_value_projection_and_norm():
     plan = analyze(qwen(), TOKENS, SMALL.replace(ignore=("v_proj", "post_attention_layernorm", "lm_head")))
-    assert (
-        "v_proj could absorb but is not quantized" in site_of(plan, "model.layers.0.self_attn.o_proj").reason
-    )
+    assert "v_proj could absorb but is not quantized" in site_of(plan, "model.layers.0.self_attn.o_proj").reason
     gate = site_of(plan, "model.layers.0.mlp.gate_proj")
     assert gate.absorber is None
     assert gate.reason.endswith("post_attention_layernorm is ignored by 'post_attention_layernorm'")
@@ -204,10 +200,7 @@ def test_fused_experts():
     )
     plan = analyze(MixtralForCausalLM(config), TOKENS, SMALL.replace(ignore=("lm_head", "down_proj")))
     experts = "model.layers.0.mlp.experts"
-    assert (
-        "fused expert parameter of shape (4, 192, 64): quantization"
-        in plan.skipped[f"{experts}.gate_up_proj"]
-    )
+    assert "fused expert parameter of shape (4, 192, 64): quantization" in plan.skipped[f"{experts}.gate_up_proj"]
     assert plan.skipped[f"{experts}.down_proj"] == "ignored by 'down_proj'"
     assert "MixtralTopKRouter" in plan.skipped["model.layers.0.mlp.gate"]
     assert [len(site.linears) for site in plan.sites] == [3, 1]

@@ -327,6 +327,11 @@ DAMAGES = {
         lambda d: layer_of(d, rotation_signs="__import__('os')"),
         f"{LAYER}: impossible layer description",
     ),
+    "plausible ratio": (lambda d: layer_of(d, act_ratio=0.07), f"{LAYER}: its description in config.json differs"),
+    "plausible signs": (
+        lambda d: layer_of(d, rotation_signs="0123456789abcdef" * 2),
+        f"{LAYER}: its description in config.json differs",
+    ),
     "code as dtype": (lambda d: layer_of(d, bias_dtype="load"), f"{LAYER}: impossible layer description"),
     "unknown field": (lambda d: layer_of(d, extra=1), f"{LAYER}: malformed layer description"),
     "other layer": (lambda d: quantization(d, rename_layer), "model.layers.7.mlp.up_proj: no linear layer"),

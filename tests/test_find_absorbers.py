@@ -102,9 +102,7 @@ def test_decoder(kind):
         attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
         expected[tuple(f"{attention}.{x}_proj" for x in "qkv")] = Absorber("norm", f"{layer}.input_layernorm")
         expected[(f"{attention}.o_proj",)] = Absorber("attn_v", f"{attention}.v_proj", 2, 32)
-        expected[(f"{mlp}.gate_proj", f"{mlp}.up_proj")] = Absorber(
-            "norm", f"{layer}.post_attention_layernorm"
-        )
+        expected[(f"{mlp}.gate_proj", f"{mlp}.up_proj")] = Absorber("norm", f"{layer}.post_attention_layernorm")
         expected[(f"{mlp}.down_proj",)] = Absorber("linear", f"{mlp}.up_proj")
     assert absorbers == {**expected, ("lm_head",): Absorber("norm", "model.norm")}
 
@@ -191,9 +189,7 @@ ABSORBED = {
     ),
     "enable_gqa": (
         lambda m, x: m.c(
-            F.scaled_dot_product_attention(
-                heads(m.a(x)), heads(x[..., :16], 2), heads(m.kv(x), 2), enable_gqa=True
-            )
+            F.scaled_dot_product_attention(heads(m.a(x)), heads(x[..., :16], 2), heads(m.kv(x), 2), enable_gqa=True)
             .transpose(1, 2)
             .flatten(2)
         ),
@@ -207,11 +203,7 @@ def test_absorbed(case):
     forward, absorber = ABSORBED[case]
     torch.manual_seed(0)
     model, example = Net(forward), {"x": torch.randn(2, 5, 32)}
-    sites = [
-        site
-        for site in analyze(model, example, Config(group_size=32, rank=8, ignore=())).sites
-        if site.absorber
-    ]
+    sites = [site for site in analyze(model, example, Config(group_size=32, rank=8, ignore=())).sites if site.absorber]
     assert [site.absorber for site in sites] == [absorber]
     assert_absorption_is_exact(model, example, sites)
 

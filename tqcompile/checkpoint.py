@@ -4,7 +4,6 @@ A directory is written beside its destination and moved into place when complete
 tensor is checked against the manifest ``tqcompile.json``; nothing in a checkpoint is ever executed.
 """
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -25,6 +24,7 @@ from tqcompile.reporting import Report
 QUANT_METHOD = "twinquant"
 FORMAT_VERSION = 1
 MANIFEST = "tqcompile.json"
+_BIAS_DTYPES = ("float32", "float16", "bfloat16", "float64")
 _SAFETENSORS_NAME = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -32,7 +32,6 @@ _SAFETENSORS_NAME = {
     torch.float64: "F64",
     torch.uint8: "U8",
 }
-_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
 def quantization_config(config: Config, specs: dict[str, dict]) -> dict[str, Any]:
@@ -141,19 +140,18 @@ def replace_linears(model: nn.Module, quantization: dict[str, Any], files: list[
     if not isinstance(quantization.get("modules"), dict):
         raise CheckpointError("the quantization_config in config.json describes no modules; it was altered.")
     headers = verify_files(files)
+    manifest = _manifest_beside(files)
     layers: dict[str, TwinLinear] = {}
     modules = dict(model.named_modules())
     for name, data in quantization["modules"].items():
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
             raise CheckpointError(f"{name}: no linear layer of that name; the checkpoint is of another model.")
-        spec = _checked_spec(name, data, linear)
-        stored = headers.get(f"{name}.bias", {}).get("dtype")
-        if spec.bias_dtype and stored in _FLOATS:  # a bias followed ``model.to(dtype)`` after it was quantized
-            spec = dataclasses.replace(spec, bias_dtype=_FLOATS[stored])
-        layer = TwinLinear(spec, device="meta")
+        layer = TwinLinear(_checked_spec(name, data, linear), device="meta")
         for key, tensor in layer.state_dict().items():
             _check_entry(f"{name}.{key}", tensor, headers)
+        if manifest is not None and manifest["modules"].get(name) != data:
+            raise CheckpointError(f"{name}: its description in config.json differs from {MANIFEST}; it was altered.")
         layers[name] = layer
     for name, layer in layers.items():
         parent, _, attribute = name.rpartition(".")
@@ -167,6 +165,7 @@ def finish_loading(model: nn.Module, quantization: dict[str, Any], directory: Pa
         if isinstance(module, TwinLinear):
             module.transform.rebuild(module.residual.weight_packed.device)
     model.tqcompile_quantization = quantization
+    model.tqcompile_report = Report(quantization["config"], notes=[f"loaded from a checkpoint without {MANIFEST}"])
     manifest = directory / MANIFEST
     if manifest.is_file():
         try:
@@ -185,8 +184,8 @@ def verify_files(files: list[Path]) -> dict[str, dict]:
     """
     if not files:
         raise CheckpointError("the checkpoint holds no .safetensors file.")
-    manifest_file = files[0].parent / MANIFEST
-    expected = _read_manifest(manifest_file)["tensors"] if manifest_file.is_file() else None
+    manifest = _manifest_beside(files)
+    expected = None if manifest is None else manifest["tensors"]
     found: dict[str, dict] = {}
     for file in files:
         for name, entry in _hash_tensors(file).items():
@@ -201,13 +200,19 @@ def verify_files(files: list[Path]) -> dict[str, dict]:
     return found
 
 
+def _manifest_beside(files: list[Path]) -> dict[str, Any] | None:
+    path = files[0].parent / MANIFEST
+    return _read_manifest(path) if path.is_file() else None
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); the checkpoint is damaged.") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("tensors"), dict):
-        raise CheckpointError(f"{path} lists no tensors; the checkpoint is damaged.")
+    for key in ("tensors", "modules"):
+        if not isinstance(manifest, dict) or not isinstance(manifest.get(key), dict):
+            raise CheckpointError(f"{path} lists no {key}; the checkpoint is damaged.")
     return manifest
 
 
@@ -223,7 +228,12 @@ def _write(model: nn.Module, quantization: dict[str, Any], directory: Path) -> N
     tensors: dict[str, dict] = {}
     for file in sorted(directory.glob("*.safetensors")):
         tensors |= _hash_tensors(file)
-    manifest = {"format_version": FORMAT_VERSION, "tensors": tensors, "report": model.tqcompile_report.to_dict()}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "tensors": tensors,
+        "modules": quantization["modules"],
+        "report": model.tqcompile_report.to_dict(),
+    }
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
@@ -298,7 +308,7 @@ def _checked_spec(name: str, data: dict, linear: nn.Linear) -> LinearSpec:
         or not _are_signs(spec.rotation_signs, spec.rotation_block)
         or spec.act_bits not in (4, 8, 16)
         or spec.low_rank_bits not in (4, 16)
-        or (spec.bias_dtype is not None and spec.bias_dtype not in _FLOATS.values())
+        or (spec.bias_dtype is not None and spec.bias_dtype not in _BIAS_DTYPES)
         or not isinstance(spec.act_ratio, (int, float))
         or not (0 < spec.act_ratio < 1 if spec.act_bits == 4 else spec.act_ratio == 0)
     ):

@@ -85,13 +85,6 @@ class TwinLinear(_FixedDtype):
         layer.transform.rebuild(layer.residual.weight_packed.device)
         return layer
 
-    def _apply(self, fn, recurse=True):
-        dense = {name: self._buffers[name] for name in ("down", "up") if name in self._buffers}
-        super()._apply(fn, recurse)
-        for name, tensor in dense.items():  # keep their dtype, as _FixedDtype does
-            self._buffers[name] = moved if (moved := fn(tensor)).dtype == tensor.dtype else tensor.to(moved.device)
-        return self
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         spec, transform = self.spec, self.transform
         if spec.act_bits == 16:

@@ -185,9 +185,7 @@ def test_the_op_runs_the_kernel():
 
 def test_the_op_inside_inductor_cuda_graphs():
     args = random_twin_args(4, 4096, 4096, 64, "w4a16", BF16, device="cuda")
-    compiled = torch.compile(
-        lambda x: ops.twin_linear(x + 1, *args[1:]), mode="reduce-overhead", fullgraph=True
-    )
+    compiled = torch.compile(lambda x: ops.twin_linear(x + 1, *args[1:]), mode="reduce-overhead", fullgraph=True)
     with torch.no_grad():
         for _ in range(5):
             x = torch.randn(4, 4096, device="cuda", dtype=BF16)
