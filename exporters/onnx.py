@@ -97,7 +97,7 @@ def check_exportable(model: nn.Module) -> None:
         )
     for prefix, module in model.named_modules():
         ours = set(module._buffers) if isinstance(module, PackedWeight | Transform) else set()
-        ours |= {"down", "up"} if isinstance(module, TwinLinear) else set()
+        ours |= {"down", "up", "bias"} if isinstance(module, TwinLinear) else set()
         for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             name = f"{prefix}.{key}".lstrip(".")
             if tensor.device.type != "cpu":

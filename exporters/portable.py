@@ -49,6 +49,9 @@ def lower(model, opset: int) -> None:
                     if given[name].name in done:  # siblings may share them
                         given[name] = _copy(model.graph, given[name], done)
                 _to_k_major(given["down"], given["down_scale"], done)
+            if "bias" in given and given["bias"].const_value.dtype != ir.DataType.FLOAT:
+                # A bias keeps the dtype in which it was quantized; float32 holds every bfloat16 and float16.
+                _set(given["bias"], given["bias"].const_value.numpy().astype(np.float32))
             node.name = given["residual"].name.removeprefix("model.").removesuffix("residual.weight_packed").rstrip(".")
             node.outputs[0].dtype = ir.DataType.FLOAT
             node.op_type, text = twin_linear_function(given, ratio > 0)

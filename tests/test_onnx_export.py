@@ -63,6 +63,7 @@ class EveryForm(nn.Module):
         ]
         forms += [{"act_bits": 8, "block": 0}, {"act_bits": 8, "scaled": False}, {"act_bits": 4, "low_rank_bits": 16}]
         forms += [{"act_bits": 16, "low_rank_bits": 16}, {"act_bits": 8, "block": 0, "scaled": False}]
+        forms += [{"act_bits": 8, "bias": torch.bfloat16}]
         layers = [random_components(seed=seed, **form) for seed, form in enumerate(forms)]
         self.layers = nn.ModuleList(TwinLinear.from_quantized(layer) for layer in layers)
 
@@ -274,7 +275,7 @@ def test_refusals_say_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match=r"Linear has no quantized layer. Call tqcompile.compile"):
         tqcompile.export_onnx(nn.Linear(8, 8), target)
     mixed = nn.Sequential(layer, nn.LayerNorm(24)).bfloat16()
-    with pytest.raises(ExportError, match=r"0.bias is bfloat16; only float32 .* model.float\(\)"):
+    with pytest.raises(ExportError, match=r"1.weight is bfloat16; only float32 .* model.float\(\)"):
         tqcompile.export_onnx(mixed, target)
     mixed.float()
     with pytest.raises(ExportError, match="opset 20 is not supported; choose 21"):
