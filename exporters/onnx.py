@@ -29,8 +29,9 @@ from torch import nn
 from tqcompile.errors import ExportError
 from tqcompile.exporters.portable import lower
 from tqcompile.exporters.trace import decoder_program, plain_program, trace
-from tqcompile.exporters.verify import Verification, inference, is_causal_lm, require, verify
+from tqcompile.exporters.verify import Verification, is_causal_lm, require, verify
 from tqcompile.modules import PackedWeight, Transform, TwinLinear
+from tqcompile.passes.capture import eval_mode
 
 OPSETS = range(21, 24)
 
@@ -73,7 +74,7 @@ def export_onnx(
     if opset not in OPSETS:
         raise ExportError(f"opset {opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]} (INT4 begins with 21).")
     check_exportable(model)
-    with inference(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         if is_causal_lm(model) and with_past:
             program = trace(*decoder_program(model), opset)
         else:

@@ -28,6 +28,7 @@ from tqcompile import ops
 from tqcompile.errors import ExportError
 from tqcompile.exporters.portable import DOMAIN
 from tqcompile.modules import TwinLinear
+from tqcompile.passes.capture import eval_mode
 
 ACCURACY_LEVEL = ("session.qdq_matmulnbits_accuracy_level", "1")
 EXTERNAL_DATA = "session.model_external_initializers_file_folder_path"
@@ -68,18 +69,6 @@ class Verification:
 
     def __fspath__(self) -> str:
         return str(self.path)
-
-
-@contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every module's own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def require(*modules: str) -> None:
@@ -139,7 +128,7 @@ def verify(
     proto = _check_file(path)
     runtime = _Runtime(path, proto)
     replay = _Replay(model)
-    with inference(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         if is_causal_lm(model):
             results = _compare_causal(runtime, model, replay, _prompt(model, example), steps)
         else:

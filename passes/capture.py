@@ -39,7 +39,7 @@ def capture(model: nn.Module, example: Mapping) -> torch.fx.GraphModule:
         for name, value in inputs.items()
     }
     failure = None
-    with _analysis_state(model), _quiet(), torch.no_grad():
+    with eval_mode(model), _analysis_state(model), _quiet(), torch.no_grad():
         for shapes in (dynamic, None):
             try:
                 program = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
@@ -75,9 +75,20 @@ def _resize(tensor: torch.Tensor, dim: int, low: int, high: int) -> torch.Tensor
 
 
 @contextlib.contextmanager
+def eval_mode(model: nn.Module):
+    """Eval mode inside; every module's own mode afterwards."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
 def _analysis_state(model: nn.Module):
-    """Eval mode and sdpa attention inside; every flag as it was afterwards."""
-    training = [(module, module.training) for module in model.modules()]
+    """sdpa attention inside; every flag as it was afterwards."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     configs: dict[int, tuple] = {}
     for module in model.modules():
@@ -89,7 +100,6 @@ def _analysis_state(model: nn.Module):
                     configs[id(config)] = (config, config._attn_implementation)
                     pending += [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
     try:
-        model.eval()
         for config, _ in configs.values():
             config._attn_implementation = "sdpa"
         torch.backends.mha.set_fastpath_enabled(False)  # it hides the linears of nn.TransformerEncoderLayer
@@ -98,8 +108,6 @@ def _analysis_state(model: nn.Module):
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for config, before in configs.values():  # parents first: setting one also sets its sub-configs
             config._attn_implementation = before
-        for module, mode in training:
-            module.training = mode
 
 
 @contextlib.contextmanager

@@ -1,14 +1,9 @@
 """One module as a graph, in both spellings of a linear."""
 
-import logging
-
 import torch
 import torch.fx
 
 from tqcompile.passes.find_linears import is_linear
-
-# pytest's log capture makes torch write its full structured trace, which makes torch.compile 15 times slower.
-logging.getLogger("torch.__trace").propagate = False
 
 SPELLINGS = ("dynamo", "export")
 

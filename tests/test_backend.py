@@ -30,11 +30,6 @@ def _fresh_dynamo():
     torch._dynamo.reset()
     counters.clear()
     backend.reports.clear()
-    # On a busy machine, threads that wait for each other take most of the time of these tiny models.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(name: str, layers: int = 2) -> nn.Module:

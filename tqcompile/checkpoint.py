@@ -140,7 +140,7 @@ def replace_linears(model: nn.Module, quantization: dict[str, Any], files: list[
     if not isinstance(quantization.get("modules"), dict):
         raise CheckpointError("the quantization_config in config.json describes no modules; it was altered.")
     headers = verify_files(files)
-    manifest = _manifest_beside(files)
+    manifest = _read_manifest(files[0].parent)
     layers: dict[str, TwinLinear] = {}
     modules = dict(model.named_modules())
     for name, data in quantization["modules"].items():
@@ -166,12 +166,13 @@ def finish_loading(model: nn.Module, quantization: dict[str, Any], directory: Pa
             module.transform.rebuild(module.residual.weight_packed.device)
     model.tqcompile_quantization = quantization
     model.tqcompile_report = Report(quantization["config"], notes=[f"loaded from a checkpoint without {MANIFEST}"])
-    manifest = directory / MANIFEST
-    if manifest.is_file():
+    manifest = _read_manifest(directory)
+    if manifest is not None:
         try:
-            model.tqcompile_report = Report.from_dict(_read_manifest(manifest)["report"])
+            model.tqcompile_report = Report.from_dict(manifest["report"])
         except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{manifest} holds no readable report ({error!r}); it was altered.") from error
+            path = directory / MANIFEST
+            raise CheckpointError(f"{path} holds no readable report ({error!r}); it was altered.") from error
 
 
 def verify_files(files: list[Path]) -> dict[str, dict]:
@@ -184,7 +185,7 @@ def verify_files(files: list[Path]) -> dict[str, dict]:
     """
     if not files:
         raise CheckpointError("the checkpoint holds no .safetensors file.")
-    manifest = _manifest_beside(files)
+    manifest = _read_manifest(files[0].parent)
     expected = None if manifest is None else manifest["tensors"]
     found: dict[str, dict] = {}
     for file in files:
@@ -200,12 +201,11 @@ def verify_files(files: list[Path]) -> dict[str, dict]:
     return found
 
 
-def _manifest_beside(files: list[Path]) -> dict[str, Any] | None:
-    path = files[0].parent / MANIFEST
-    return _read_manifest(path) if path.is_file() else None
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint, or None where there is none (``save_pretrained`` alone writes none)."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        return None
     try:
         manifest = json.loads(path.read_text())
     except ValueError as error:

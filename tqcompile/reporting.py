@@ -60,7 +60,7 @@ class Report:
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
     def to_csv(self, path: str | Path) -> None:
-        """Write one row a layer, skipped ones with their reason in the ``transform`` column's place."""
+        """Write one row a layer, skipped ones with their reason in the column ``skipped``."""
         fields = [field.name for field in dataclasses.fields(LayerRecord)]
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, [*fields, "skipped"])

@@ -57,7 +57,7 @@ class SiteProblem:
         """Divide the outputs of linear ``index`` by ``scale`` (N_i,): the scale of a site that reads them."""
         self.weights[index] = self.weights[index] / scale[:, None]
         bias = self.biases[index]
-        self.biases[index] = None if bias is None else (bias.float() / scale.to(bias.device)).to(bias.dtype)
+        self.biases[index] = None if bias is None else (bias.float() / scale).to(bias.dtype)
 
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.config.seed)
