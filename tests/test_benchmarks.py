@@ -1,0 +1,146 @@
+"""The benchmark scripts run, their gates catch a wrong result, and both sides do the same work; on a CPU, tiny."""
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tqcompile.modules import TwinLinear
+from tqcompile.ops.packing import dequantize_int4
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--geometry=tiny", "--device=cpu", "--inner=eager", "--rank=16", "--group-size=64", "--replays=2"]
+
+
+def script(name: str):
+    """A benchmark as a module; not through sys.path, where kernels.py would shadow a package of that name."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    path = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = path
+    return module
+
+
+@pytest.fixture(scope="module")
+def end_to_end():
+    return script("end_to_end")
+
+
+@pytest.fixture
+def options(end_to_end):
+    return end_to_end.parse(TINY)
+
+
+def test_end_to_end_measures_both_sides_of_every_case(end_to_end, tmp_path, capsys):
+    rows = end_to_end.main([*TINY, "--models", "qwen3-8b", "--json", str(tmp_path / "e.json")])
+    cases = [case.name for case in end_to_end.TINY_CASES]
+    assert [(row["side"], row["case"]) for row in rows] == [(s, c) for s in ("bf16", "twin") for c in cases]
+    for row in rows:
+        assert row["ms"] > 0
+    for row in rows[len(cases) :]:
+        assert 0 < row["error"] <= end_to_end.GATE * row["bf16_error"]
+        assert row["implementations"] == {"reference: there is no kernel for device cpu": 2 * (4 + 7)}
+    stored = json.loads((tmp_path / "e.json").read_text())
+    assert stored["rows"] == rows
+    out = capsys.readouterr().out
+    for case in cases:
+        assert f"qwen3-8b    {case}" in out
+
+
+def test_a_killed_run_keeps_the_cases_before_it(end_to_end, tmp_path, monkeypatch):
+    measure, path = end_to_end.measure, tmp_path / "e.json"
+
+    def killed(model, side, case, *rest):
+        if case.batch > 1:
+            raise KeyboardInterrupt
+        return measure(model, side, case, *rest)
+
+    monkeypatch.setattr(end_to_end, "measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        end_to_end.main([*TINY, "--models", "llama-3-8b", "--json", str(path)])
+    assert [row["case"] for row in json.loads(path.read_text())["rows"]] == ["decode-b1-24"]
+
+
+def test_a_wrong_compiled_step_prints_no_time(end_to_end, monkeypatch, capsys):
+    compile_side = end_to_end.compile_side
+
+    def tampered(model, side, options):  # after the references were computed
+        model.model.layers[1].self_attn.o_proj.residual.weight_scale.mul_(1.25)
+        compile_side(model, side, options)
+
+    monkeypatch.setattr(end_to_end, "compile_side", tampered)
+    with pytest.raises(SystemExit, match="the compiled step is off by"):
+        end_to_end.main([*TINY, "--models", "llama-3-8b", "--sides", "twin", "--cases", "prefill-2x24"])
+    assert "ms, compiled" not in capsys.readouterr().out
+
+
+def test_an_unknown_case_is_named(end_to_end):
+    with pytest.raises(SystemExit, match=r"unknown case 'decode'; known: decode-b1-24"):
+        end_to_end.main([*TINY, "--cases", "decode"])
+
+
+def test_the_random_model_has_the_form_of_a_quantized_one(end_to_end, options):
+    """Grid scales exact in bfloat16; one transform and one down-projection a site; weights of the usual spread."""
+    model = end_to_end.build("llama-3-8b", options)
+    end_to_end.quantize(model, options)
+    layer = model.model.layers[1]
+    q, k, v = (layer.get_submodule(f"self_attn.{name}_proj") for name in "qkv")
+    for one, other in ((q, k), (q, v), (layer.mlp.gate_proj, layer.mlp.up_proj)):
+        assert torch.equal(one.down.weight_packed, other.down.weight_packed)
+        assert torch.equal(one.down.weight_scale, other.down.weight_scale)
+        assert one.down.weight_packed is not other.down.weight_packed
+        assert torch.equal(one.transform.rotation, other.transform.rotation)
+    assert not torch.equal(q.residual.weight_packed[:64], k.residual.weight_packed[:64])
+    twins = [m for m in model.modules() if isinstance(m, TwinLinear)]
+    assert len(twins) == 7 * 2
+    for twin in twins:
+        scale = twin.residual.weight_scale.double()
+        significand = torch.frexp(scale)[0] * 256
+        assert torch.equal(significand, significand.round())
+        # c * 4 .. c * 16 for some c: the row's smallest scale is one of the multiples.
+        ratio = scale[:, None] / scale.amin(1)[:, None, None] * torch.arange(4, 17)[:, None]
+        assert ((ratio - ratio.round()).abs().amax(2) < 1e-9).any(1).all()
+        spread = dequantize_int4(twin.residual.weight_packed, twin.residual.weight_scale).std()
+        assert 0.01 < spread < 0.04
+
+
+def test_a_decode_step_sees_the_whole_cache_and_writes_its_last_slot(end_to_end, options):
+    model = end_to_end.build("qwen3-8b", options)
+    case = end_to_end.Case(True, 2, 24)
+    step = end_to_end.Step(model.config, case, "cpu")
+    before = [layer.keys.clone() for layer in step.cache.layers]
+    with torch.no_grad():
+        step.logits(model)
+        first = step.cache.layers[0]
+        assert torch.equal(first.keys[:, :, :-1], before[0][:, :, :-1])
+        assert not torch.equal(first.keys[:, :, -1], before[0][:, :, -1])
+        plain = argparse.Namespace(**{**vars(options), "attention": "sdpa"})
+        masked = end_to_end.build("qwen3-8b", plain)
+        masked.load_state_dict(model.state_dict())
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for index, keys in enumerate(before):
+            values = end_to_end.Step(model.config, case, "cpu").cache.layers[index].values
+            cache.update(keys[:, :, :-1], values[:, :, :-1], index)
+        expected = masked(input_ids=step.ids, past_key_values=cache, use_cache=True).logits
+        got = end_to_end.Step(model.config, case, "cpu").logits(model)
+    assert end_to_end.relative(got, expected) < 2e-2  # bf16, other kernels
+
+
+def test_prefill_is_causal(end_to_end, options):
+    model = end_to_end.build("llama-3-8b", options)
+    step = end_to_end.Step(model.config, end_to_end.Case(False, 2, 24), "cpu")
+    with torch.no_grad():
+        got = step.logits(model)
+        plain = argparse.Namespace(**{**vars(options), "attention": "sdpa"})
+        masked = end_to_end.build("llama-3-8b", plain)
+        expected = masked(input_ids=step.ids, use_cache=False).logits[:, -1:]
+    assert got.shape == expected.shape
+    assert end_to_end.relative(got, expected) < 2e-2
