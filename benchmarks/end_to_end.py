@@ -26,17 +26,20 @@ import dataclasses
 import functools
 import gc
 import json
+import multiprocessing
 import pathlib
 import statistics
 import sys
+import threading
 import time
+import traceback
+from queue import Empty
 from unittest import mock
 
 import torch
 from torch import nn
 
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from tqcompile import ops
 from tqcompile.methods.components import LinearSpec
@@ -379,8 +382,8 @@ def compile_side(model: nn.Module, side: str, options) -> None:
         model.compile(backend="twinquant", dynamic=False, options={"quantize": False, "inner": options.inner})
 
 
-def measure(model: nn.Module, side: str, case: Case, expected: tuple | None, options) -> dict:
-    """Compile (or reuse) the graph for a case, hold it against the gate, then time it."""
+def first_call(model: nn.Module, side: str, case: Case, expected: tuple | None, options) -> dict:
+    """Compile (or reuse) the graph for a case and hold it against the gate; what there is to report of it."""
     device = options.device
     row = {"side": side, "case": case.name, "tokens": case.tokens, "weights_gb": weight_bytes(model) / 1e9}
     step = Step(model.config, case, device)
@@ -399,13 +402,20 @@ def measure(model: nn.Module, side: str, case: Case, expected: tuple | None, opt
     step.run(model)
     if device == "cuda":
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    replay, token = capture(lambda: step.run(model), device)
+    if side == "twin":
+        row["implementations"] = implementations()
+    return row
+
+
+def timed(model: nn.Module, case: Case, options) -> dict:
+    """Median time of the compiled step, replayed as a CUDA graph."""
+    step = Step(model.config, case, options.device)
+    replay, token = capture(lambda: step.run(model), options.device)
     count = options.replays or (DECODE_REPLAYS if case.decode else PREFILL_REPLAYS)
-    row["ms"], row["spread_ms"] = milliseconds(replay, count, device)
+    ms, spread = milliseconds(replay, count, options.device)
     if not ((token >= 0) & (token < model.config.vocab_size)).all():
         sys.exit(f"{case.name}: the timed graph produced a token outside of the vocabulary")
-    row["tokens_per_second"] = case.tokens / row["ms"] * 1e3
-    return row
+    return {"ms": ms, "spread_ms": spread, "tokens_per_second": case.tokens / ms * 1e3}
 
 
 def implementations() -> dict[str, int]:
@@ -422,35 +432,83 @@ def implementations() -> dict[str, int]:
 # ----------------------------------------------------------------------------------------------------------- the run
 
 
-def run_model(name: str, cases: list[Case], options, record) -> None:
-    """Both sides of one model: the bf16 model is measured first and then quantized in place."""
+@torch.no_grad()
+def run_side(name: str, side: str, cases: list[Case], options, record, turn) -> None:
+    """Build and compile one side of a model, every case, then time them all when it is this side's ``turn``."""
     started = time.perf_counter()
 
     def say(text: str) -> None:
-        print(f"[{time.perf_counter() - started:6.1f} s] {name} {text}", flush=True)
+        print(f"[{time.perf_counter() - started:6.1f} s] {name} {side} {text}", flush=True)
 
-    model = build(name, options)
+    model, expected = build(name, options), {}
+    if side == "twin":
+        quantize(model, options)
+        free(options.device)
+        if not options.no_gate:
+            expected = references(model, cases, options.device)
+            free(options.device)
     say(f"built, {weight_bytes(model) / 1e9:.2f} GB")
-    for side in options.sides:
-        expected = {}
-        if side == "twin":
-            quantize(model, options)
+    compile_side(model, side, options)
+    rows = []
+    for case in cases:
+        rows.append({"model": name, **first_call(model, side, case, expected.get(case.name), options)})
+        free(options.device)
+        say(f"{case.name} compiled in {rows[-1]['compile_seconds']:.0f} s")
+    with turn():
+        for case, row in zip(cases, rows, strict=True):
+            record(row | timed(model, case, options))
             free(options.device)
-            say(f"quantized, {weight_bytes(model) / 1e9:.2f} GB")
-            if not options.no_gate:
-                expected = references(model, cases, options.device)
-                free(options.device)
-                say("references computed")
-        compile_side(model, side, options)
-        for case in cases:
-            row = {"model": name, **measure(model, side, case, expected.get(case.name), options)}
-            if side == "twin":
-                row["implementations"] = implementations()
-            record(row)
-            free(options.device)
-            say(f"{side} {case.name}: {row['ms']:.3f} ms, compiled in {row['compile_seconds']:.0f} s")
-        model._compiled_call_impl = None
+        say("timed")
     torch._dynamo.reset()
+
+
+def worker(name: str, side: str, cases: list[Case], options, queue, barrier, lock) -> None:
+    """A process for one side: compiling takes minutes of one core each, so the sides compile side by side."""
+    leave_own_folder()
+
+    @contextlib.contextmanager
+    def turn():
+        barrier.wait()  # nobody is compiling any more
+        with lock:
+            yield
+
+    try:
+        run_side(name, side, cases, options, lambda row: queue.put(("row", row)), turn)
+    except BaseException as error:
+        barrier.abort()
+        if not isinstance(error, threading.BrokenBarrierError):  # the other one failed, and says so itself
+            traceback.print_exc()
+        queue.put(("failed", f"{name} {side}: {type(error).__name__}: {error}"))
+    else:
+        queue.put(("done", side))
+
+
+def run_sides_together(name: str, cases: list[Case], options, record) -> None:
+    context = multiprocessing.get_context("spawn")
+    queue, barrier, lock = context.Queue(), context.Barrier(len(options.sides)), context.Lock()
+    workers = {}
+    for side in options.sides:
+        workers[side] = context.Process(target=worker, args=(name, side, cases, options, queue, barrier, lock))
+        workers[side].start()
+    failures, open_sides = [], len(workers)
+    while open_sides:
+        try:
+            kind, value = queue.get(timeout=10)
+        except Empty:
+            if any(process.exitcode not in (None, 0) for process in workers.values()):
+                barrier.abort()  # killed, so that it could not say why
+                sys.exit(f"{name}: a process was killed: { {s: p.exitcode for s, p in workers.items()} }")
+            continue
+        if kind == "row":
+            record(value)
+            continue
+        open_sides -= 1
+        if kind == "failed":
+            failures.append(value)
+    for process in workers.values():
+        process.join()
+    if failures:
+        sys.exit("\n".join(failures))
 
 
 def table(rows: list[dict]) -> str:
@@ -506,6 +564,7 @@ def parse(arguments: list[str] | None):
     parser.add_argument("--replays", type=int, default=0, help="timed runs; default 50 of decode and 20 of prefill")
     parser.add_argument("--no-gate", action="store_true", help="to look for a fault; the table then says unchecked")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--jobs", type=int, default=2, help="1: one side after the other, in this process")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit(
@@ -517,9 +576,14 @@ def parse(arguments: list[str] | None):
     return options
 
 
+def leave_own_folder() -> None:
+    """This folder holds a kernels.py, and transformers looks for a package of that name."""
+    here = pathlib.Path(__file__).resolve().parent
+    sys.path[:] = [path for path in sys.path if pathlib.Path(path).resolve() != here]
+
+
 def main(arguments: list[str] | None = None) -> list[dict]:
-    # This folder holds a kernels.py, and transformers looks for a package of that name.
-    sys.path[:] = [path for path in sys.path if pathlib.Path(path).resolve() != HERE]
+    leave_own_folder()
     options = parse(arguments)
     models = choose(options.models, {name: name for name in MODELS}, "model")
     available = CASES if options.geometry == "full" else TINY_CASES
@@ -548,10 +612,13 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             partial.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
             partial.replace(options.json)
 
-    with torch.no_grad():
-        for name in models:
-            run_model(name, cases, options, record)
-            free(options.device)
+    for name in models:
+        if options.jobs > 1:
+            run_sides_together(name, cases, options, record)
+        else:
+            for side in options.sides:
+                run_side(name, side, cases, options, record, contextlib.nullcontext)
+                free(options.device)
     print(" ".join(f"{key}={value}" for key, value in about.items()))
     print(table(rows))
     return rows
