@@ -28,6 +28,7 @@ import gc
 import json
 import multiprocessing
 import pathlib
+import re
 import statistics
 import sys
 import threading
@@ -379,7 +380,9 @@ def compile_side(model: nn.Module, side: str, options) -> None:
         mode = None if options.baseline_mode == "default" else options.baseline_mode
         model.compile(backend=options.inner, mode=mode, dynamic=False)
     else:
-        model.compile(backend="twinquant", dynamic=False, options={"quantize": False, "inner": options.inner})
+        model.compile(
+            backend="twinquant", dynamic=False, options={"quantize": False, "inner": options.inner, "lower": True}
+        )
 
 
 def first_call(model: nn.Module, side: str, case: Case, expected: tuple | None, options) -> dict:
@@ -419,13 +422,13 @@ def timed(model: nn.Module, case: Case, options) -> dict:
 
 
 def implementations() -> dict[str, int]:
-    """Which implementation runs how many of our ops, from the backend's latest report."""
+    """Op and implementation -> how many nodes, from the backend's latest report."""
     from tqcompile import backend
 
     counts: dict[str, int] = {}
-    if backend.reports:
-        for choice in backend.reports[-1].lowered.values():
-            counts[choice] = counts.get(choice, 0) + 1
+    for node, how in backend.reports[-1].lowered.items() if backend.reports else ():
+        key = f"{re.sub('(_default)?(_[0-9]+)?$', '', node)}: {how}"
+        counts[key] = counts.get(key, 0) + 1
     return counts
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from gemm_bounds import grid_scales, worst_plain_prologue, worst_twin_gemm
 
+from tqcompile import ops
 from tqcompile.modules import TwinLinear
-from tqcompile.ops.packing import dequantize_int4
+from tqcompile.ops.packing import dequantize_int4, integer_scales
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--geometry=tiny", "--device=cpu", "--inner=eager", "--rank=16", "--group-size=64", "--replays=2", "--jobs=1"]
@@ -45,7 +47,8 @@ def test_end_to_end_measures_both_sides_of_every_case(end_to_end, tmp_path, caps
         assert row["ms"] > 0
     for row in rows[len(cases) :]:
         assert 0 < row["error"] <= end_to_end.GATE * row["bf16_error"]
-        assert row["implementations"] == {"reference: there is no kernel for device cpu": 2 * (4 + 7)}
+        here = "reference: there is no kernel for device cpu"  # two layers, four sites each
+        assert row["implementations"] == {f"prologue: {here}": 8, f"twin_gemm: {here}": 8}
     stored = json.loads((tmp_path / "e.json").read_text())
     assert stored["rows"] == rows
     out = capsys.readouterr().out
@@ -144,3 +147,92 @@ def test_prefill_is_causal(end_to_end, options):
         expected = masked(input_ids=step.ids, use_cache=False).logits[:, -1:]
     assert got.shape == expected.shape
     assert end_to_end.relative(got, expected) < 2e-2
+
+
+# ------------------------------------------------------------------------------------------------------------ kernels
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return script("kernels")
+
+
+def test_kernels_measures_every_form(kernels, tmp_path, capsys):
+    arguments = ["--device=cpu", "--shapes=70x384", "--tokens=1,19", "--rank=16", "--rotation"]
+    rows = kernels.main([*arguments, "--json", str(tmp_path / "k.json")])
+    assert [row["T"] for row in rows] == [1, 19]
+    for row in rows:
+        assert set(row["error_over_bound"]) == set(kernels.ACT_BITS)
+        for found in row["error_over_bound"].values():
+            assert set(found) == {"operand", "t", "y"}
+            assert 0 < max(found.values()) <= 1
+        assert {"bf16", "w4a8 prologue", "w4a8 gemm", "w4a8"} <= set(row["us"])
+        assert row["ratio_to_bf16"]["w4a4"] == row["us"]["bf16"] / row["us"]["w4a4"]
+    assert json.loads((tmp_path / "k.json").read_text())["rows"] == rows
+    assert "70x384" in capsys.readouterr().out
+
+
+def test_kernels_prints_no_time_of_a_wrong_kernel(kernels, monkeypatch, capsys):
+    definition = ops.twin_gemm_reference
+
+    def wrong(*args):
+        y = definition(*args)
+        y[-1, -1] *= 1.02
+        return y
+
+    monkeypatch.setattr(ops, "twin_gemm_reference", wrong)
+    with pytest.raises(SystemExit, match=r"70x384 T=3 w4a8: an error exceeds its bound"):
+        kernels.main(["--device=cpu", "--shapes=70x384", "--tokens=3", "--rank=16"])
+    assert capsys.readouterr().out == ""
+
+
+def test_kernels_leaves_out_what_no_kernel_serves_and_says_so(kernels, monkeypatch):
+    class Missing(kernels.Kernel):
+        def __init__(self, op, device):
+            super().__init__(op, device)
+            if op == "twin_gemm":
+                self.unsupported = lambda *args: "operands must be int8" if args[0].dtype != torch.int8 else None
+
+    monkeypatch.setattr(kernels, "Kernel", Missing)
+    (row,) = kernels.main(["--device=cpu", "--shapes=64x128", "--tokens=2", "--rank=8"])
+    assert row["left"] == {"w4a16": "twin_gemm: operands must be int8"}
+    assert "w4a16" not in row["us"]
+    assert "w4a8" in row["us"]
+
+
+def test_grid_scales_are_exact_and_found_again():
+    scale, unit = grid_scales(33, 7, 0.02, torch.Generator().manual_seed(0))
+    m = scale.double() / unit.double()[:, None]
+    assert torch.equal(m, m.round())
+    assert m.min() >= 1
+    assert m.max() <= 16
+    c, multiples = integer_scales(scale)
+    assert torch.equal(c.double()[:, None] * multiples.double(), scale.double())
+
+
+@pytest.mark.parametrize("act_bits", [8, 4, 16])
+@pytest.mark.parametrize("rank", [0, 10])
+def test_the_bounds_hold_for_the_definitions_and_catch_what_is_left_out(kernels, act_bits, rank):
+    weights = kernels.random_weights(37, 256, rank, True, "cpu")
+    form = next(name for name, bits in kernels.ACT_BITS.items() if bits == act_bits)
+    ours = kernels.Ours(form, (None, None), {op: kernels.Kernel(op, "cpu") for op in ("prologue", "twin_gemm")})
+    g = torch.Generator().manual_seed(5)
+    x = torch.randn(21, 256, generator=g).bfloat16()
+    operands = ours.prologue(weights, x)
+    args = list(ours.gemm_args(weights, operands))
+    args[8], args[9] = torch.randn(37, generator=g).bfloat16(), torch.randn(21, 37, generator=g).bfloat16()
+    y = ops.twin_gemm_reference(*args)
+    assert worst_twin_gemm(y, *args) <= 1
+    for index in (2, 8, 9) if rank else (8, 9):  # t, bias, addend
+        without = list(args)
+        without[index] = None
+        without[6:8] = [None, None] if index == 2 else without[6:8]
+        assert worst_twin_gemm(ops.twin_gemm_reference(*without), *args) > 1
+    given = ours.prologue_args(weights, x)
+    found = worst_plain_prologue(operands, x, *given[3:7], act_bits, ours.ratio)
+    assert max(found.values()) <= 1
+    shifted = (operands[0].roll(1, -1), *operands[1:])
+    assert max(worst_plain_prologue(shifted, x, *given[3:7], act_bits, ours.ratio).values()) > 1
+    if rank:
+        off = (*operands[:2], operands[2] * 1.02, operands[3])
+        assert worst_plain_prologue(off, x, *given[3:7], act_bits, ours.ratio)["t"] > 1
