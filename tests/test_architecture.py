@@ -19,7 +19,7 @@ LAYERS = (
     ("passes", "kernels", "recipes"),
     ("calibration", "modules", "reporting", "checkpoint"),
     ("api", "backend", "hf", "exporters"),
-    ("demo", "cli", "__main__"),
+    ("demo", "tuner", "cli", "__main__"),
 )
 
 
