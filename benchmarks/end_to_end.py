@@ -43,9 +43,11 @@ from torch import nn
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from tqcompile import ops
+from tqcompile.config import HEADS
 from tqcompile.methods.components import LinearSpec
 from tqcompile.methods.hadamard import random_signs, rotation_block
 from tqcompile.modules import PackedWeight, TwinLinear
+from tqcompile.output_head import round_head
 
 LLAMA = {
     "hidden_size": 4096,
@@ -199,7 +201,8 @@ def random_site(linears: list[nn.Linear], options, rotated: bool, generator: tor
 
 
 def quantize(model: nn.Module, options) -> None:
-    """Replace every linear of every decoder layer, one layer at a time; embeddings, norms and head stay."""
+    """Replace every linear of every decoder layer, one layer at a time; embeddings and norms stay, and the head does
+    unless an option rounds it."""
     generator = torch.Generator(options.device).manual_seed(1)
     for layer in model.model.layers:
         for site, names in SITES.items():
@@ -208,6 +211,8 @@ def quantize(model: nn.Module, options) -> None:
             for name, new in zip(names, made, strict=True):
                 parent, _, attribute = name.rpartition(".")
                 setattr(layer.get_submodule(parent), attribute, new)
+    if options.lm_head != "keep":
+        model.lm_head = round_head(model.lm_head, int(options.lm_head[1]), options.group_size, None)
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -299,6 +304,7 @@ def reference_ops():
     with (
         mock.patch.object(ops, "twin_linear", ops.twin_linear_reference),
         mock.patch.object(ops, "quantize_activation", ops.quantize_activation_reference),
+        mock.patch.object(ops, "int8_linear", ops.int8_linear_reference),
     ):
         yield
 
@@ -559,6 +565,7 @@ def parse(arguments: list[str] | None):
     parser.add_argument(
         "--rotations", default="all", help=f"sites that rotate their input, of {', '.join(SITES)}; none"
     )
+    parser.add_argument("--lm-head", choices=HEADS, default="keep", help="the twin side's output head")
     parser.add_argument("--attention", choices=("full", "sdpa"), default="full", help="sdpa: as transformers does it")
     parser.add_argument("--baseline-mode", default="default", help="mode of torch.compile for the bf16 side")
     parser.add_argument("--inner", default="inductor", help="who compiles, on both sides: inductor, aot_eager, eager")
@@ -601,6 +608,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         "rank": options.rank,
         "group_size": options.group_size,
         "rotations": options.rotations,
+        "lm_head": options.lm_head,
         "attention": options.attention,
         "baseline_mode": options.baseline_mode,
         "layers": options.layers or "all",

@@ -83,6 +83,16 @@ def test_a_wrong_compiled_step_prints_no_time(end_to_end, monkeypatch, capsys):
     assert "compiled in" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("head", ["w8a16", "w4a16"])
+def test_the_head_is_rounded_on_the_twin_side_only(end_to_end, head):
+    arguments = [*TINY, "--models=llama-3-8b", "--cases=decode-b1-24", f"--lm-head={head}"]
+    bf16, twin = end_to_end.main(arguments)
+    plain = end_to_end.main([*TINY, "--models=llama-3-8b", "--cases=decode-b1-24"])
+    assert bf16["weights_gb"] == plain[0]["weights_gb"]
+    saved = (plain[1]["weights_gb"] - twin["weights_gb"]) * 1e9
+    assert saved == 257 * 128 * (2 - int(head[1]) / 8) - 257 * 128 // 64 * 2
+
+
 def test_an_unknown_case_is_named(end_to_end):
     with pytest.raises(SystemExit, match=r"unknown case 'decode'; known: decode-b1-24"):
         end_to_end.main([*TINY, "--cases", "decode"])

@@ -208,3 +208,39 @@ def test_one_row_without_integer_scales_is_enough_for_none(row):
     good = [4.0] * len(row)
     assert integer_scales(torch.tensor([good, good]).bfloat16()) is not None
     assert integer_scales(torch.tensor([good, row, good]).bfloat16()) is None
+
+
+def int8_arguments(shape, dtype, n, groups, bias, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    k = shape[-1]
+    weight = torch.randint(-128, 128, (n, k), generator=g, dtype=torch.int8)
+    scale = (torch.rand(n, groups, generator=g) * 0.02 + 0.001).bfloat16()
+    b = torch.randn(n, generator=g).to(dtype) if bias else None
+    return torch.randn(shape, generator=g).to(dtype), weight, scale, b
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_int8_linear_matches_an_independent_computation(shape, dtype, bias):
+    args = int8_arguments(shape, dtype, 20, 2, bias)
+    torch.library.opcheck(ops.int8_linear, args)
+    x, weight, scale, b = args
+    w = wide(weight) * np.repeat(wide(scale), 64 // 2, axis=1)
+    exact = wide(x) @ w.T + (wide(b) if bias else 0)
+    bound = EPS[dtype] * np.abs(exact) + 1e-5 * (np.abs(wide(x)) @ np.abs(w).T + 1)
+    assert (np.abs(wide(ops.int8_linear(*args)) - exact) <= bound).all()
+
+
+def test_int8_linear_refuses_what_does_not_fit():
+    x, weight, scale, _ = int8_arguments((3, 64), torch.float32, 20, 2, False)
+    for wrong in (
+        (x.int(), weight, scale, None),
+        (x, weight.short(), scale, None),
+        (x[:, :32], weight, scale, None),
+        (x, weight, scale[:7], None),
+        (x, weight, scale[:, :1].expand(20, 3), None),
+        (x, weight, scale, torch.zeros(3)),
+    ):
+        with pytest.raises(RuntimeError):
+            torch.ops.tqcompile.int8_linear(*(a.to("meta") if a is not None else None for a in wrong))

@@ -159,6 +159,8 @@ def _settings(mode: str | None, options: dict) -> tuple[Config, bool, bool | Non
         if mode not in modes:
             raise ConfigError(f'backend "twinquant": unknown mode {mode!r}; known modes: {", ".join(modes)}')
         patches = {**modes[mode], **patches}
+    if options.get("lm_head", "keep") != "keep":
+        raise ConfigError('backend "twinquant": lm_head is a setting of tqcompile.compile, which replaces modules')
     config = Config().replace(**{name: options[name] for name in fields if name in options})
     return config, quantize, lower, inner, patches
 
