@@ -180,3 +180,45 @@ def random_twin_args(
     b = torch.randn(n, generator=g, device=device).to(scale_dtype) if bias else None
     ratio = 7 / 127 if form == "w4a4" else 0.0
     return (x, x_scale, packed(n, k), scales(n, k // group, 0.02), *low_rank, b, ratio, dtype)
+
+
+# t, n, k, groups, dtype, bias; odd T and N, groups of 32 to 256, one and several tiles.
+INT8_CASES = [
+    (1, 70, 384, 3, BF16, True),
+    (3, 130, 256, 1, FP16, False),
+    (17, 129, 128, 4, FP32, True),
+    (40, 131, 192, 2, BF16, False),
+    ((2, 3), 40, 128, 1, BF16, True),
+    (100, 33, 128, 1, BF16, True),
+    (0, 40, 128, 1, BF16, True),
+]
+
+
+def random_int8_args(t, n, k, groups, dtype, bias, device="cpu", seed=None) -> tuple:
+    """Arguments of int8_linear. t may be a tuple of leading dimensions; all of -128 .. 127 occur."""
+    g = torch.Generator(device).manual_seed(next(_seeds) if seed is None else seed)
+    lead = t if isinstance(t, tuple) else (t,)
+    weight = torch.randint(-128, 128, (n, k), generator=g, device=device, dtype=torch.int8)
+    scale = ((torch.rand(n, groups, generator=g, device=device) + 0.1) * 0.01).bfloat16()
+    b = torch.randn(n, generator=g, device=device).to(dtype) if bias else None
+    return torch.randn(*lead, k, generator=g, device=device).to(dtype), weight, scale, b
+
+
+def worst_int8_linear(y: torch.Tensor, x, weight, weight_scale, bias, rows=16384) -> float:
+    """Largest |y - exact| / bound: fp32 sums of exact products (2 units each), scaling, bias, output rounding."""
+    assert y.shape == (*x.shape[:-1], len(weight)), f"shape {tuple(y.shape)}"
+    assert y.dtype == x.dtype, y.dtype
+    k, half, largest = x.shape[-1], torch.finfo(x.dtype).eps / 2, 0.0
+    wide, flat = x.double().reshape(-1, k), y.reshape(-1, len(weight))
+    for i in range(0, len(weight) if len(flat) else 0, rows):
+        w = weight[i : i + rows].double() * weight_scale[i : i + rows].double().repeat_interleave(
+            k // weight_scale.shape[1], 1
+        )
+        exact, error = wide @ w.T, (2 * MAX_STEP + k // MIN_STEP + 8) * U32 * (wide.abs() @ w.abs().T)
+        if bias is not None:
+            part = bias[i : i + rows].double()
+            exact, error = exact + part, error + 2 * U32 * part.abs()
+        bound = error * (1 + half) + half * exact.abs() + _absolute_floor(x.dtype)
+        ratio = ((flat[:, i : i + rows].double() - exact).abs() / bound).nan_to_num(nan=float("inf"))
+        largest = max(largest, ratio.max().item())
+    return largest
