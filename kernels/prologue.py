@@ -18,6 +18,7 @@ from tqcompile.kernels.twin_linear import (
     INTERPRET,
     MAX_RANK,
     _form,
+    _gpu,
     _group_reason,
     _nibbles,
     _round_to_4_bits,
@@ -33,82 +34,96 @@ _MOST_ROWS = 64  # tokens up to which the repeated work costs less than a second
 
 
 @triton.jit
-def _load(row, at, K):
-    return tl.load(row + at, mask=at < K, other=0.0)
+def _load(at, mask, EXACT: tl.constexpr):
+    """Values at pointers; EXACT: all of them exist."""
+    return tl.load(at) if EXACT else tl.load(at, mask=mask, other=0)
 
 
 @triton.jit
-def _produce(
-    x_row, other_row, gain, h_row, at, K, eps, first,
-    KIND: tl.constexpr, HAS_OTHER: tl.constexpr, INTERPRET: tl.constexpr,
+def _norm(x, gain, K, eps, INTERPRET: tl.constexpr):
+    """RMSNorm of one token in the dtype of x, rounded where transformers rounds."""
+    wide = x.to(tl.float32)
+    inverse = tl.rsqrt(tl.div_rn(tl.sum(tl.sum(wide * wide, axis=1), axis=0), K.to(tl.float32)) + eps)
+    normed = round_to(wide * inverse, x.dtype, INTERPRET).to(tl.float32)
+    return round_to(gain.to(tl.float32) * normed, x.dtype, INTERPRET)
+
+
+@triton.jit
+def _gate(x, other, INTERPRET: tl.constexpr):
+    """silu(x) * other in the dtype of x, rounded after each."""
+    wide = x.to(tl.float32)
+    gate = round_to(tl.div_rn(wide, 1.0 + tl.exp(-wide)), x.dtype, INTERPRET).to(tl.float32)
+    return round_to(gate * other.to(tl.float32), x.dtype, INTERPRET)
+
+
+@triton.jit
+def _t_values(
+    d, even, odd, scale, down_scale, r, row, pair, live, R, groups, COLS: tl.constexpr, GROUP: tl.constexpr,
+    INT: tl.constexpr,
 ):  # fmt: skip
-    """v of one token in its dtype, 0 past K; stores h where the norm has an ``other``."""
-    dtype: tl.constexpr = x_row.dtype.element_ty
-    v = _load(x_row, at, K)
-    if KIND == "rms_norm":
-        if HAS_OTHER:
-            v = round_to(v.to(tl.float32) + _load(other_row, at, K).to(tl.float32), dtype, INTERPRET)
-            tl.store(h_row + at, v, mask=(at < K) & first)
-        g = _load(gain, at, K).to(tl.float32)
-        wide = v.to(tl.float32)
-        inverse = tl.rsqrt(tl.div_rn(tl.sum(tl.sum(wide * wide, axis=1), axis=0), K.to(tl.float32)) + eps)
-        v = round_to(g * round_to(wide * inverse, dtype, INTERPRET).to(tl.float32), dtype, INTERPRET)
-    elif KIND == "silu_mul":
-        wide = v.to(tl.float32)
-        gate = round_to(tl.div_rn(wide, 1.0 + tl.exp(-wide)), dtype, INTERPRET).to(tl.float32)
-        v = round_to(gate * _load(other_row, at, K).to(tl.float32), dtype, INTERPRET)
-    return v
+    """(STEP, 1, 1) values of t: rows r of down, bytes d (STEP, ROWS, COLS / 2), times the token's two planes."""
+    wide = d.to(tl.int8, bitcast=True).to(tl.int32)
+    low, high = (wide << 28) >> 28, wide >> 4
+    if INT:
+        products = low * even[None, :, :] + high * odd[None, :, :]
+    else:
+        products = low.to(tl.float32) * even[None, :, :] + high.to(tl.float32) * odd[None, :, :]
+    if GROUP % COLS == 0:  # one scale for a row of the tile: exact int32 sums
+        at = down_scale + r * groups + (row * COLS // GROUP)[None, :, :]
+        sums = tl.sum(products, axis=2, keep_dims=True).to(tl.float32)
+        sums *= tl.load(at, mask=live & (r < R), other=0.0).to(tl.float32)
+    else:
+        at = down_scale + r * groups + (2 * pair // GROUP)[None, :, :]
+        sums = products.to(tl.float32) * tl.load(at, mask=live & (r < R), other=0.0).to(tl.float32)
+        sums = tl.sum(sums, axis=2, keep_dims=True)
+    return tl.sum(sums, axis=1, keep_dims=True) * scale
 
 
 @triton.jit
-def _transform(
-    v, input_scale, rotation, at, K,
-    COLS: tl.constexpr, SCALE: tl.constexpr, ROTATE: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """(ROWS, COLS) of one token, scaled and rotated, fp32."""
-    dtype: tl.constexpr = v.dtype
-    if SCALE:
-        v = round_to(v.to(tl.float32) * _load(input_scale, at, K), dtype, INTERPRET)
-    if ROTATE:
-        k = tl.arange(0, COLS)
-        turn = tl.load(rotation + k[:, None] * COLS + k[None, :])
-        if INTERPRET:  # the interpreter's bf16 dot is wrong
-            v, turn = v.to(tl.float32), turn.to(tl.float32)
-        v = tl.dot(v, turn)
-    return v.to(tl.float32)
-
-
-@triton.jit
-def _rows(
-    x, other, gain, input_scale, rotation, down, down_scale, operand, operand_scale, q8, q8_scale, t, h,
-    K, R, x_stride, other_stride, eps, act_ratio,
-    P: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, BITS: tl.constexpr, KEEP8: tl.constexpr,
+def _token(
+    token, first, x, other, gain, input_scale, turn, operand, operand_scale, q8, q8_scale, h,
+    K, x_stride, other_stride, eps, act_ratio,
+    ROWS: tl.constexpr, COLS: tl.constexpr, EXACT: tl.constexpr, BITS: tl.constexpr, KEEP8: tl.constexpr,
     KIND: tl.constexpr, HAS_OTHER: tl.constexpr, SCALE: tl.constexpr, ROTATE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """One token per P programs; program p computes RP values of t from p * RP on, STEP at a time (RP 0: no t)."""
-    token = (tl.program_id(0) // P).to(tl.int64)
-    part = tl.program_id(0) % P
-    first = part == 0
+    """Everything but t of one token, stored where ``first``. Returns its two planes (ROWS, COLS / 2) and the scale."""
     half: tl.constexpr = COLS // 2
-    row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, half)[None, :]
+    row = tl.arange(0, ROWS)[:, None]
     at = row * COLS + tl.arange(0, COLS)[None, :]
-    pair = row * half + col  # a pair of channels: one byte of down, one item of each plane
-    pair_live = 2 * pair < K
-    if RP > 0:
-        r = part * RP + tl.arange(0, STEP)[:, None, None]
-        # Asked for before the row's reductions, so that it is there after them.
-        d = tl.load(down + r * (K // 2) + pair[None, :, :], mask=pair_live[None, :, :] & (r < R), other=0)
+    pair = row * half + tl.arange(0, half)[None, :]
+    live = at < K
+    # All loads come first, so that they are on their way together.
+    v = _load(x + token * x_stride + at, live, EXACT)
+    if HAS_OTHER:
+        o = _load(other + token * other_stride + at, live, EXACT)
+    if KIND == "rms_norm":
+        g = _load(gain + at, live, EXACT)
+    if SCALE:
+        s = _load(input_scale + at, live, EXACT)
 
-    x_row, other_row, h_row = x + token * x_stride, other + token * other_stride, h + token * K
-    v = _produce(x_row, other_row, gain, h_row, at, K, eps, first, KIND, HAS_OTHER, INTERPRET)
-    v = _transform(v, input_scale, rotation, at, K, COLS, SCALE, ROTATE, INTERPRET)
+    if KIND == "rms_norm":
+        if HAS_OTHER:
+            v = round_to(v.to(tl.float32) + o.to(tl.float32), x.dtype.element_ty, INTERPRET)
+            tl.store(h + token * K + at, v, mask=live & first)
+        v = _norm(v, g, K, eps, INTERPRET)
+    elif KIND == "silu_mul":
+        v = _gate(v, o, INTERPRET)
+    if SCALE:
+        v = round_to(v.to(tl.float32) * s.to(tl.float32), x.dtype.element_ty, INTERPRET)
+    if ROTATE:
+        if INTERPRET:  # the interpreter's bf16 dot is wrong
+            v, turn = v.to(tl.float32), turn.to(tl.float32)
+        # Transposed: the token's values are then the operand that tensor cores read from shared memory, and the
+        # compiler does not move their change of layout up to the loads, where one load would wait for the other.
+        v = tl.trans(tl.dot(tl.trans(turn), tl.trans(v)))
+    v = v.to(tl.float32)
+
+    scale = 1.0
     if BITS == 16:
         v = round_to(v, x.dtype.element_ty, INTERPRET)
-        tl.store(operand + token * K + at, v, mask=(at < K) & first)
+        tl.store(operand + token * K + at, v, mask=live & first)
         even, odd = tl.split(v.to(tl.float32).reshape(ROWS, half, 2))
-        scale = 1.0
     else:
         top = tl.max(tl.max(tl.abs(v), axis=1), axis=0)
         scale = tl.div_rn(tl.maximum(top, 1e-30), 127.0)
@@ -116,48 +131,68 @@ def _rows(
         q = (tl.div_rn(v, scale) + 12582912.0) - 12582912.0
         q = tl.minimum(tl.maximum(q, -127.0), 127.0).to(tl.int32)
         even, odd = tl.split(q.reshape(ROWS, half, 2))
-        live = pair_live & first
-        even_at = token * K + pair
+        planes, store = token * K + pair, (2 * pair < K) & first
+        if BITS == 8 or KEEP8:
+            tl.store(q8 + planes, even.to(tl.int8), mask=store)
+            tl.store(q8 + planes + K // 2, odd.to(tl.int8), mask=store)
+            tl.store(q8_scale + token, scale, mask=first)
         if BITS == 4:
-            if KEEP8:
-                tl.store(q8 + even_at, even.to(tl.int8), mask=live)
-                tl.store(q8 + even_at + K // 2, odd.to(tl.int8), mask=live)
-                tl.store(q8_scale + token, scale, mask=first)
-            tl.store(operand + even_at, _round_to_4_bits(even, act_ratio, INTERPRET), mask=live)
-            tl.store(operand + even_at + K // 2, _round_to_4_bits(odd, act_ratio, INTERPRET), mask=live)
+            tl.store(operand + planes, _round_to_4_bits(even, act_ratio, INTERPRET), mask=store)
+            tl.store(operand + planes + K // 2, _round_to_4_bits(odd, act_ratio, INTERPRET), mask=store)
             tl.store(operand_scale + token, tl.div_rn(scale, act_ratio), mask=first)
-        else:
-            tl.store(operand + even_at, even.to(tl.int8), mask=live)
-            tl.store(operand + even_at + K // 2, odd.to(tl.int8), mask=live)
-            tl.store(operand_scale + token, scale, mask=first)
+    return even, odd, scale
 
+
+@triton.jit(do_not_specialize=["T"])
+def _rows(
+    x, other, gain, input_scale, rotation, down, down_scale, operand, operand_scale, q8, q8_scale, t, h,
+    T, K, R, x_stride, other_stride, eps, act_ratio,
+    P: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, EXACT: tl.constexpr, BITS: tl.constexpr, KEEP8: tl.constexpr,
+    KIND: tl.constexpr, HAS_OTHER: tl.constexpr, SCALE: tl.constexpr, ROTATE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """RP > 0: program p of the P of a token computes RP values of t from p * RP on, STEP at a time.
+    RP 0: a program takes one token after another, so that the rotation is read once."""
+    turn = rotation
     if RP > 0:
-        groups = K // GROUP
-        for i in tl.static_range(0, RP, STEP):
-            now, byte = r + i, d
-            if i + STEP < RP:
-                d = tl.load(
-                    down + (now + STEP) * (K // 2) + pair[None, :, :],
-                    mask=pair_live[None, :, :] & (now + STEP < R), other=0,
-                )  # fmt: skip
-            wide = byte.to(tl.int8, bitcast=True).to(tl.int32)
-            low, high = (wide << 28) >> 28, wide >> 4
-            if BITS == 16:
-                products = low.to(tl.float32) * even[None, :, :] + high.to(tl.float32) * odd[None, :, :]
-            else:
-                products = low * even[None, :, :] + high * odd[None, :, :]
-            live = (now < R) & (row * COLS < K)[None, :, :]
-            if GROUP % COLS == 0:  # one scale for a row of the tile: exact int32 sums
-                ds = tl.load(down_scale + now * groups + (row * COLS // GROUP)[None, :, :], mask=live, other=0.0)
-                sums = tl.sum(products, axis=2, keep_dims=True).to(tl.float32) * ds.to(tl.float32)
-            else:
-                ds = tl.load(
-                    down_scale + now * groups + (2 * pair // GROUP)[None, :, :],
-                    mask=(now < R) & pair_live[None, :, :], other=0.0,
-                )  # fmt: skip
-                sums = tl.sum(products.to(tl.float32) * ds.to(tl.float32), axis=2, keep_dims=True)
-            value = tl.sum(sums, axis=1, keep_dims=True) * scale
-            tl.store(t + token * R + now, round_to(value, t.dtype.element_ty, INTERPRET), mask=now < R)
+        token = (tl.program_id(0) // P).to(tl.int64)
+        part = tl.program_id(0) % P
+        row = tl.arange(0, ROWS)[:, None]
+        pair = row * (COLS // 2) + tl.arange(0, COLS // 2)[None, :]  # a pair of channels is one byte of down
+        r = part * RP + tl.arange(0, STEP)[:, None, None]
+        d_at = down + r * (K // 2) + pair[None, :, :]
+        d_live = (2 * pair < K)[None, :, :]
+        # Asked for before the token, so that it is there when the token is quantized.
+        d = tl.load(d_at, mask=d_live & (r < R), other=0)
+        if ROTATE:
+            turn = tl.load(rotation + tl.arange(0, COLS)[:, None] * COLS + tl.arange(0, COLS)[None, :])
+        even, odd, scale = _token(
+            token, part == 0, x, other, gain, input_scale, turn, operand, operand_scale, q8, q8_scale, h,
+            K, x_stride, other_stride, eps, act_ratio,
+            ROWS, COLS, EXACT, BITS, KEEP8, KIND, HAS_OTHER, SCALE, ROTATE, INTERPRET,
+        )  # fmt: skip
+        s_live = (row * COLS < K)[None, :, :] if GROUP % COLS == 0 else d_live
+        for i in tl.range(0, RP, STEP, num_stages=1):
+            byte = d
+            if STEP < RP:  # the next rows, while these are multiplied
+                d_at += STEP * (K // 2)
+                d = tl.load(d_at, mask=d_live & (r + i + STEP < R) & (i + STEP < RP), other=0)
+            value = _t_values(
+                byte, even, odd, scale, down_scale, r + i, row, pair, s_live, R, K // GROUP, COLS, GROUP, BITS != 16
+            )  # fmt: skip
+            tl.store(t + token * R + r + i, round_to(value, t.dtype.element_ty, INTERPRET), mask=r + i < R)
+    else:
+        if ROTATE:
+            turn = tl.load(rotation + tl.arange(0, COLS)[:, None] * COLS + tl.arange(0, COLS)[None, :])
+        start = tl.program_id(0).to(tl.int64)
+        for i in tl.range(0, tl.cdiv(T - tl.program_id(0), tl.num_programs(0)), num_stages=1):
+            token = start + i * tl.num_programs(0)
+            _token(
+                token, token >= 0, x, other, gain, input_scale, turn, operand, operand_scale,
+                q8, q8_scale, h, K, x_stride, other_stride, eps, act_ratio,
+                ROWS, COLS, EXACT, BITS, KEEP8, KIND, HAS_OTHER, SCALE, ROTATE, INTERPRET,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -218,8 +253,8 @@ def choose_plan(t: int, k: int, rank: int, group: int, block: int) -> Plan:
     padded = triton.next_power_of_2(rank)
     ranks = max(padded * t // _ROW_PROGRAMS, 2)
     ranks = min(triton.next_power_of_2(ranks), padded)
-    # 32 products a thread at a time: more would not stay in registers.
-    step = max(1, min(ranks, 4, 2048 * warps // (rows * columns)))
+    # At most 32 products a thread at a time: more would not stay in registers.
+    step = max(1, min(ranks, 2048 * warps // (rows * columns)))
     return Plan(padded // ranks, ranks, step, rows, columns, warps)
 
 
@@ -297,20 +332,26 @@ def _run(
     if apart and act_bits == 4:
         q8, q8_scale = torch.empty_like(operand), torch.empty_like(operand_scale)
     nothing = x  # stands for tensors that are not read
-    _rows[(tokens * plan.parts,)](
+    programs = tokens * plan.parts if plan.ranks else min(tokens, _sms(x) * max(1, 32 // plan.warps))
+    _rows[(programs,)](
         x, nothing if other is None else other, nothing if gain is None else gain.contiguous(),
         nothing if input_scale is None else input_scale.contiguous(),
         nothing if rotation is None else rotation.to(x.dtype).contiguous(),
         down if rank else nothing, down_scale if rank else nothing,
-        operand, operand_scale, q8, q8_scale, t, h, k, rank, x.stride(0), 0 if other is None else other.stride(0),
-        float(eps), float(act_ratio),
+        operand, operand_scale, q8, q8_scale, t, h,
+        tokens, k, rank, x.stride(0), 0 if other is None else other.stride(0), float(eps), float(act_ratio),
         P=plan.parts, RP=plan.ranks, STEP=plan.step, GROUP=group, ROWS=plan.rows, COLS=plan.columns,
+        EXACT=plan.rows * plan.columns == k,
         BITS=act_bits, KEEP8=apart, KIND=kind, HAS_OTHER=other is not None,
         SCALE=input_scale is not None, ROTATE=rotation is not None, INTERPRET=INTERPRET,
         num_warps=plan.warps,
     )  # fmt: skip
     if apart:
         _run_low_rank(q8, q8_scale, down, down_scale, t)
+
+
+def _sms(x: torch.Tensor) -> int:
+    return _gpu(x.device.index).multi_processor_count if x.is_cuda else 2
 
 
 def _run_low_rank(x, x_scale, down, down_scale, t) -> None:
