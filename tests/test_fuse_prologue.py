@@ -12,6 +12,7 @@ from tqcompile.ops.packing import integer_scales
 from tqcompile.passes.base import run_passes
 from tqcompile.passes.fuse_prologue import GEMM, PROLOGUE, QUANTIZE, TWIN, FusePrologue
 from tqcompile.passes.lower import Lower, op_name
+from tqcompile.passes.share_activation_quant import ShareActivationQuant
 
 K = 64
 
@@ -163,6 +164,21 @@ def test_what_something_else_reads_or_writes_stays(also, kind, reason):
     assert len(calls(gm, QUANTIZE)) == 0
 
 
+def test_a_reader_of_a_shape_does_not_keep_a_norm():
+    gm, inputs = capture(Normed().requires_grad_(False), torch.randn(3, K), torch.randn(3, K), spelling="dynamo")
+    (quantize,) = calls(gm, QUANTIZE)
+    with gm.graph.inserting_before(quantize):
+        size = gm.graph.call_method("size", (quantize.args[0],))
+    gm.graph.output_node().args = ((*gm.graph.output_node().args[0], size),)
+    gm.recompile()
+    want = gm(*inputs)
+    run_passes(gm, [FusePrologue()])
+    got = gm(*inputs)
+    torch.testing.assert_close(got[0], want[0])
+    assert got[1] == want[1] == (3, K)
+    assert [prologue["kind"] for prologue in arguments(gm)] == ["rms_norm"]
+
+
 def test_a_quantized_activation_that_others_read_keeps_its_op():
     class Reader(Plain):
         def forward(self, x):
@@ -179,20 +195,19 @@ def test_a_quantized_activation_that_others_read_keeps_its_op():
 
 
 def test_linears_that_share_an_activation_share_its_prologue_if_they_share_down():
-    for same, prologues in ((True, 1), (False, 0)):
+    for same, prologues in ((True, 1), (False, 2)):
         module = Plain(2)
         if same:
             module.layers[1].down.load_state_dict(module.layers[0].down.state_dict())
         module.layers[1].transform.load_state_dict(module.layers[0].transform.state_dict())
         gm, inputs = capture(module.requires_grad_(False), torch.randn(3, K), spelling="dynamo")
         want = only(gm(*inputs))
-        from tqcompile.passes.share_activation_quant import ShareActivationQuant
-
         names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
         tensors = dict(zip(names, inputs, strict=True))
         run_passes(gm, [ShareActivationQuant(tensors), FusePrologue(tensors)])
-        assert (len(calls(gm, PROLOGUE)), len(calls(gm, GEMM))) == (prologues, 2 * prologues)
+        assert (len(calls(gm, PROLOGUE)), len(calls(gm, GEMM))) == (prologues, 2)
         assert torch.equal(only(gm(*inputs)), want)
+        assert_only_new_ops(gm)
         if not same:
             assert "different down projections" in next(iter(gm.meta["fuse_prologue"].values()))
 
