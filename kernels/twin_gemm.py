@@ -145,10 +145,7 @@ def choose(p: _Problem) -> dict:
     if "wgmma" in can:
         steps, candidates = p.k // 128, []
         for bm in _STEP_US:
-            if bm >= min(p.t, 256) or bm == 256:
-                tiles = -(-p.n // 128) * -(-p.t // bm)
-                candidates.append((*_splits(tiles, steps, bm, p.sms), bm))
-            elif bm >= 64:
+            if bm >= min(p.t, 256) or bm == 256 or bm >= 64:
                 tiles = -(-p.n // 128) * -(-p.t // bm)
                 candidates.append((*_splits(tiles, steps, bm, p.sms), bm))
         _, s, bm = min(candidates)
@@ -165,7 +162,9 @@ def candidates(n: int, k: int, t: int, form: str) -> list[dict]:
     if form.startswith("int8"):
         if t <= 4:
             found += [
-                {"kernel": "gemv", "rows": rows, "warps": 4, "unroll": unroll} for rows in (1, 2, 4) for unroll in (2, 4)
+                {"kernel": "gemv", "rows": rows, "warps": 4, "unroll": unroll}
+                for rows in (1, 2, 4)
+                for unroll in (2, 4)
             ]
         if "grid" in form:
             for bm in (8, 16, 32, 64, 128, 256):
@@ -180,7 +179,9 @@ def candidates(n: int, k: int, t: int, form: str) -> list[dict]:
         ]
     if not form.startswith("int8"):
         found += [{"kernel": "dense"}]
-        found += [{"kernel": "tile", "bm": 16 if t <= 16 else 64, "bn": bn, "warps": 4, "stages": 3} for bn in (64, 128)]
+        found += [
+            {"kernel": "tile", "bm": 16 if t <= 16 else 64, "bn": bn, "warps": 4, "stages": 3} for bn in (64, 128)
+        ]
     return found
 
 

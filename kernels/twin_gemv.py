@@ -44,7 +44,9 @@ def twin_gemv(
     BN: gl.constexpr = ROWS * WARPS
     LANES: gl.constexpr = WORDS // 4  # of one group
     GC: gl.constexpr = 32 // LANES  # groups a warp reads at a time
-    cube: gl.constexpr = gl.BlockedLayout([ROWS, 1, 4], [1, GC, LANES], [WARPS, 1, 1], [2, 1, 0])  # (rows, groups, words)
+    cube: gl.constexpr = gl.BlockedLayout(
+        [ROWS, 1, 4], [1, GC, LANES], [WARPS, 1, 1], [2, 1, 0]
+    )  # (rows, groups, words)
     by_group: gl.constexpr = gl.SliceLayout(2, cube)
     by_row: gl.constexpr = gl.SliceLayout(1, by_group)
     of_x: gl.constexpr = gl.SliceLayout(0, cube)

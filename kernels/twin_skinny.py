@@ -72,7 +72,7 @@ def _mma_int8(wa, wb, even, odd, c0, c1, c2, c3):
 
 @gluon.jit
 def _floats(w, FLOAT: gl.constexpr):
-    asm: gl.constexpr = _TO_BF16 if FLOAT == gl.bfloat16 else _TO_FP16
+    asm: gl.constexpr = _TO_BF16 if gl.bfloat16 == FLOAT else _TO_FP16
     return gl.inline_asm_elementwise(
         asm, "=&r,=&r,=&r,=&r,r", [w], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
     )
@@ -80,7 +80,7 @@ def _floats(w, FLOAT: gl.constexpr):
 
 @gluon.jit
 def _mma_float(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, FLOAT: gl.constexpr):
-    asm: gl.constexpr = _MMA_BF16 if FLOAT == gl.bfloat16 else _MMA_FP16
+    asm: gl.constexpr = _MMA_BF16 if gl.bfloat16 == FLOAT else _MMA_FP16
     return gl.inline_asm_elementwise(
         asm, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
         dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,

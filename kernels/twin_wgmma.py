@@ -83,13 +83,34 @@ def _operand(w, scale, inverse):
     m2 = gl.expand_dims(mult, 1)
     o2 = gl.expand_dims(offset, 1)
     return gl.inline_asm_elementwise(
-        _UNPACK, "=&r,=&r,r,r,r,r,r,r,r,r,r", [w, m2, o2], dtype=(gl.int8, gl.int8), is_pure=False, pack=4)
+        _UNPACK, "=&r,=&r,r,r,r,r,r,r,r,r,r", [w, m2, o2], dtype=(gl.int8, gl.int8), is_pure=False, pack=4
+    )
 
 
 @gluon.jit
 def _produce(
-    w_desc, x_desc, t_desc, ws, xs, ts, full, empty, t_full, t_empty, T, N, K, whole,
-    BM: gl.constexpr, STAGES: gl.constexpr, SUB: gl.constexpr, PACK: gl.constexpr, R: gl.constexpr, SPLIT: gl.constexpr, BAND: gl.constexpr, PDL: gl.constexpr,
+    w_desc,
+    x_desc,
+    t_desc,
+    ws,
+    xs,
+    ts,
+    full,
+    empty,
+    t_full,
+    t_empty,
+    T,
+    N,
+    K,
+    whole,
+    BM: gl.constexpr,
+    STAGES: gl.constexpr,
+    SUB: gl.constexpr,
+    PACK: gl.constexpr,
+    R: gl.constexpr,
+    SPLIT: gl.constexpr,
+    BAND: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     BYTES: gl.constexpr = SUB * (128 * 64 + 2 * BM * 64)
     steps = K // (128 * SUB)
@@ -106,14 +127,18 @@ def _produce(
             for j in gl.static_range(SUB // PACK):
                 at = (step * SUB + j * PACK) * 64
                 tma.async_copy_global_to_shared(w_desc, [n0, at], bar, ws.index((slot * (SUB // PACK) + j) * 2))
-                tma.async_copy_global_to_shared(w_desc, [n0 + 64, at], bar, ws.index((slot * (SUB // PACK) + j) * 2 + 1))
+                tma.async_copy_global_to_shared(
+                    w_desc, [n0 + 64, at], bar, ws.index((slot * (SUB // PACK) + j) * 2 + 1)
+                )
             if PDL:
                 if (i == 0) & (step == begin):
                     grid_wait(step)
             for j in gl.static_range(SUB // PACK):
                 at = (step * SUB + j * PACK) * 64
                 tma.async_copy_global_to_shared(x_desc, [m0, at], bar, xs.index((slot * (SUB // PACK) + j) * 2))
-                tma.async_copy_global_to_shared(x_desc, [m0, K // 2 + at], bar, xs.index((slot * (SUB // PACK) + j) * 2 + 1))
+                tma.async_copy_global_to_shared(
+                    x_desc, [m0, K // 2 + at], bar, xs.index((slot * (SUB // PACK) + j) * 2 + 1)
+                )
             slot += 1
             if slot == STAGES:
                 slot = 0
@@ -129,10 +154,39 @@ def _produce(
 @gluon.jit
 def _consume(
     HALF: gl.constexpr,
-    y_desc, ws, xs, ts, ys, full, empty, t_full, t_empty,
-    scale, channel, x_scale, up, up_scale, bias, addend, partials, counters, T, N, K, whole,
-    BM: gl.constexpr, STAGES: gl.constexpr, SUB: gl.constexpr, PACK: gl.constexpr, GROUP_STEPS: gl.constexpr, R: gl.constexpr,
-    HAS_BIAS: gl.constexpr, HAS_ADDEND: gl.constexpr, PARTS: gl.constexpr, SPLIT: gl.constexpr, BAND: gl.constexpr,
+    y_desc,
+    ws,
+    xs,
+    ts,
+    ys,
+    full,
+    empty,
+    t_full,
+    t_empty,
+    scale,
+    channel,
+    x_scale,
+    up,
+    up_scale,
+    bias,
+    addend,
+    partials,
+    counters,
+    T,
+    N,
+    K,
+    whole,
+    BM: gl.constexpr,
+    STAGES: gl.constexpr,
+    SUB: gl.constexpr,
+    PACK: gl.constexpr,
+    GROUP_STEPS: gl.constexpr,
+    R: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_ADDEND: gl.constexpr,
+    PARTS: gl.constexpr,
+    SPLIT: gl.constexpr,
+    BAND: gl.constexpr,
 ):
     MN: gl.constexpr = BM if BM < 128 else 128
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MN, 32])
@@ -215,9 +269,16 @@ def _consume(
                     for other in range(c_low, c_high + 1):
                         if other != gl.program_id(0):
                             theirs = other * 2 + (number != shared * other // gl.num_programs(0) // steps).to(gl.int32)
-                            flat += gl.load(partials + (theirs * 2 + HALF).to(gl.int64) * block + at, cache_modifier=".cg")
+                            flat += gl.load(
+                                partials + (theirs * 2 + HALF).to(gl.int64) * block + at, cache_modifier=".cg"
+                            )
                     gl.store(counters + 2 * number + HALF, 0)
-                    acc = gl.convert_layout(gl.reshape(gl.permute(gl.reshape(flat, [4, BM // 8, 8, 4, 2, 2]), (0, 4, 2, 1, 3, 5)), [64, BM]), mma)
+                    acc = gl.convert_layout(
+                        gl.reshape(
+                            gl.permute(gl.reshape(flat, [4, BM // 8, 8, 4, 2, 2]), (0, 4, 2, 1, 3, 5)), [64, BM]
+                        ),
+                        mma,
+                    )
         if R > 0:
             mbarrier.wait(t_full, i & 1)
         if finish:
@@ -237,7 +298,9 @@ def _consume(
                 y += gl.expand_dims(gl.load(bias + n_safe).to(gl.float32), 1)
             if HAS_ADDEND:
                 live = gl.expand_dims(m < T, 0) & gl.expand_dims(n < N, 1)
-                y += gl.load(addend + gl.expand_dims(m.to(gl.int64) * N, 0) + gl.expand_dims(n, 1), mask=live, other=0.0).to(gl.float32)
+                y += gl.load(
+                    addend + gl.expand_dims(m.to(gl.int64) * N, 0) + gl.expand_dims(n, 1), mask=live, other=0.0
+                ).to(gl.float32)
             yo = y.to(out)
             if PARTS == 1:
                 tma.store_wait(0)
@@ -267,11 +330,36 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["T", "whole"])
 def twin_wgmma(
-    w_desc, x_desc, t_desc, y_desc, scale, channel, x_scale, up, up_scale, bias, addend, partials, counters,
-    T, N, K, whole,
-    BM: gl.constexpr, STAGES: gl.constexpr, SUB: gl.constexpr, PACK: gl.constexpr, GROUP_STEPS: gl.constexpr,
-    R: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_ADDEND: gl.constexpr, PARTS: gl.constexpr, SPLIT: gl.constexpr, BAND: gl.constexpr,
-    REGS: gl.constexpr, PDL: gl.constexpr,
+    w_desc,
+    x_desc,
+    t_desc,
+    y_desc,
+    scale,
+    channel,
+    x_scale,
+    up,
+    up_scale,
+    bias,
+    addend,
+    partials,
+    counters,
+    T,
+    N,
+    K,
+    whole,
+    BM: gl.constexpr,
+    STAGES: gl.constexpr,
+    SUB: gl.constexpr,
+    PACK: gl.constexpr,
+    GROUP_STEPS: gl.constexpr,
+    R: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_ADDEND: gl.constexpr,
+    PARTS: gl.constexpr,
+    SPLIT: gl.constexpr,
+    BAND: gl.constexpr,
+    REGS: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     out: gl.constexpr = y_desc.dtype
     ws = gl.allocate_shared_memory(gl.int8, [2 * STAGES * SUB // PACK, 64, 64 * PACK], w_desc.layout)
@@ -292,11 +380,112 @@ def twin_wgmma(
         grid_release(T)
     gl.warp_specialize(
         [
-            (_consume, (0, y_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, scale, channel, x_scale, up, up_scale, bias, addend,
-              partials, counters, T, N, K, whole, BM, STAGES, SUB, PACK, GROUP_STEPS, R, HAS_BIAS, HAS_ADDEND, PARTS, SPLIT, BAND)),
-            (_consume, (1, y_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, scale, channel, x_scale, up, up_scale, bias, addend,
-              partials, counters, T, N, K, whole, BM, STAGES, SUB, PACK, GROUP_STEPS, R, HAS_BIAS, HAS_ADDEND, PARTS, SPLIT, BAND)),
-            (_produce, (w_desc, x_desc, t_desc, ws, xs, ts, full, empty, t_full, t_empty, T, N, K, whole, BM, STAGES, SUB, PACK, R, SPLIT, BAND, PDL)),
+            (
+                _consume,
+                (
+                    0,
+                    y_desc,
+                    ws,
+                    xs,
+                    ts,
+                    ys,
+                    full,
+                    empty,
+                    t_full,
+                    t_empty,
+                    scale,
+                    channel,
+                    x_scale,
+                    up,
+                    up_scale,
+                    bias,
+                    addend,
+                    partials,
+                    counters,
+                    T,
+                    N,
+                    K,
+                    whole,
+                    BM,
+                    STAGES,
+                    SUB,
+                    PACK,
+                    GROUP_STEPS,
+                    R,
+                    HAS_BIAS,
+                    HAS_ADDEND,
+                    PARTS,
+                    SPLIT,
+                    BAND,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    1,
+                    y_desc,
+                    ws,
+                    xs,
+                    ts,
+                    ys,
+                    full,
+                    empty,
+                    t_full,
+                    t_empty,
+                    scale,
+                    channel,
+                    x_scale,
+                    up,
+                    up_scale,
+                    bias,
+                    addend,
+                    partials,
+                    counters,
+                    T,
+                    N,
+                    K,
+                    whole,
+                    BM,
+                    STAGES,
+                    SUB,
+                    PACK,
+                    GROUP_STEPS,
+                    R,
+                    HAS_BIAS,
+                    HAS_ADDEND,
+                    PARTS,
+                    SPLIT,
+                    BAND,
+                ),
+            ),
+            (
+                _produce,
+                (
+                    w_desc,
+                    x_desc,
+                    t_desc,
+                    ws,
+                    xs,
+                    ts,
+                    full,
+                    empty,
+                    t_full,
+                    t_empty,
+                    T,
+                    N,
+                    K,
+                    whole,
+                    BM,
+                    STAGES,
+                    SUB,
+                    PACK,
+                    R,
+                    SPLIT,
+                    BAND,
+                    PDL,
+                ),
+            ),
         ],
-        [4, 1], [REGS, 24],
+        [4, 1],
+        [REGS, 24],
     )
