@@ -157,11 +157,13 @@ def _rows(
     P: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, EXACT: tl.constexpr, BITS: tl.constexpr, KEEP8: tl.constexpr,
     KIND: tl.constexpr, HAS_OTHER: tl.constexpr, SCALE: tl.constexpr, ROTATE: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """RP > 0: program p of the P of a token computes RP values of t from p * RP on, STEP at a time.
     RP 0: a program takes one token after another, so that the rotation is read once."""
     turn = rotation
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()  # twin_gemm may start; it waits by itself for what is stored here
     if RP > 0:
         token = (tl.program_id(0) // P).to(tl.int64)
         part = tl.program_id(0) % P
@@ -174,6 +176,8 @@ def _rows(
         d = tl.load(d_at, mask=d_live & (r < R), other=0)
         if ROTATE:
             turn = tl.load(rotation + tl.arange(0, COLS)[:, None] * COLS + tl.arange(0, COLS)[None, :])
+        if PDL:
+            tl.extra.cuda.gdc_wait()  # x comes from the kernel before; down and the rotation do not
         even, odd, scale = _token(
             token, part == 0, x, other, gain, input_scale, turn, operand, operand_scale, q8, q8_scale, h,
             K, x_stride, other_stride, eps, act_ratio,
@@ -193,6 +197,8 @@ def _rows(
     else:
         if ROTATE:
             turn = tl.load(rotation + tl.arange(0, COLS)[:, None] * COLS + tl.arange(0, COLS)[None, :])
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         start = tl.program_id(0).to(tl.int64)
         for i in tl.range(0, tl.cdiv(T - tl.program_id(0), tl.num_programs(0)), num_stages=1):
             token = start + i * tl.num_programs(0)
@@ -207,9 +213,12 @@ def _rows(
 def _low_rank(
     x, x_scale, down, down_scale, t, T, K, R, factor,
     GROUP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr,
-    INT: tl.constexpr, FORM: tl.constexpr, INTERPRET: tl.constexpr,
+    INT: tl.constexpr, FORM: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """t (T, R) of operands x (T, K), int8 or floating; both in plane order. Transposed: t^T = D x^T."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     r, byte = tl.arange(0, RP), tl.arange(0, BK // 2)
     m_live, r_live = m < T, r < R
@@ -340,6 +349,9 @@ def _run(
     q8, q8_scale = operand, operand_scale
     if apart and act_bits == 4:
         q8, q8_scale = torch.empty_like(operand), torch.empty_like(operand_scale)
+    # Programmatic dependent launch: this kernel starts before the one in front has ended, and twin_gemm before this.
+    dependent = x.is_cuda and _gpu(x.device.index).major >= 9
+    launch_options = {"launch_pdl": True} if dependent else {}
     nothing = x  # stands for tensors that are not read
     programs = tokens * plan.parts if plan.ranks else min(tokens, _sms(x) * max(1, 32 // plan.warps))
     _rows[(programs,)](
@@ -352,18 +364,18 @@ def _run(
         P=plan.parts, RP=plan.ranks, STEP=plan.step, GROUP=group, ROWS=plan.rows, COLS=plan.columns,
         EXACT=plan.rows * plan.columns == k,
         BITS=act_bits, KEEP8=apart, KIND=kind, HAS_OTHER=other is not None,
-        SCALE=input_scale is not None, ROTATE=rotation is not None, INTERPRET=INTERPRET,
-        num_warps=plan.warps,
+        SCALE=input_scale is not None, ROTATE=rotation is not None, INTERPRET=INTERPRET, PDL=dependent,
+        num_warps=plan.warps, **launch_options,
     )  # fmt: skip
     if apart:
-        _run_low_rank(q8, q8_scale, down, down_scale, t)
+        _run_low_rank(q8, q8_scale, down, down_scale, t, dependent)
 
 
 def _sms(x: torch.Tensor) -> int:
     return _gpu(x.device.index).multi_processor_count if x.is_cuda else 2
 
 
-def _run_low_rank(x, x_scale, down, down_scale, t) -> None:
+def _run_low_rank(x, x_scale, down, down_scale, t, dependent: bool) -> None:
     tokens, k, rank = x.numel() // x.shape[-1], x.shape[-1], down.shape[0]
     group = k // down_scale.shape[1]
     wide = x.dtype == torch.float32  # no tensor core
@@ -372,5 +384,6 @@ def _run_low_rank(x, x_scale, down, down_scale, t) -> None:
     _low_rank[(-(-tokens // tile),)](
         x, x_scale, down, down_scale, t, tokens, k, rank, 1 / 16,  # int8 weights enter the dot as 16 * q
         GROUP=group, BM=tile, BK=step, RP=max(32, triton.next_power_of_2(rank)),
-        INT=x.dtype == torch.int8, FORM=_form(x.dtype), INTERPRET=INTERPRET, num_warps=4, num_stages=4,
+        INT=x.dtype == torch.int8, FORM=_form(x.dtype), INTERPRET=INTERPRET, PDL=dependent,
+        num_warps=4, num_stages=4, **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip

@@ -143,13 +143,10 @@ def choose(p: _Problem) -> dict:
         ks = 8 if p.k > 8192 else 4
         return {"kernel": "skinny", "rw": 2 if ks == 8 and p.t > 8 else 1, "ks": ks, "unroll": 2 if p.t > 8 else 4}
     if "wgmma" in can:
-        steps, candidates = p.k // 128, []
-        for bm in _STEP_US:
-            if bm >= min(p.t, 256) or bm == 256 or bm >= 64:
-                tiles = -(-p.n // 128) * -(-p.t // bm)
-                candidates.append((*_splits(tiles, steps, bm, p.sms), bm))
-        _, s, bm = min(candidates)
-        return {"kernel": "wgmma", "bm": bm, "splits": s, "ctas": 2 if bm <= 64 else 1}
+        sizes = [bm for bm in _STEP_US if min(p.t, 64) <= bm and (bm < 2 * p.t or bm == 8)]
+        costs = [(*_splits(-(-p.n // 128) * -(-p.t // bm), p.k // 128, bm, p.sms), bm) for bm in sizes]
+        _, splits, bm = min(costs)
+        return {"kernel": "wgmma", "bm": bm, "splits": splits, "ctas": 2 if bm <= 64 else 1}
     if "dense" in can and p.t >= DENSE_TOKENS:
         return {"kernel": "dense"}
     bm = next(size for size in (16, 32, 64) if p.t <= size or size == 64)
@@ -257,12 +254,12 @@ def _shared(rows_bytes: int, bits: int):
 
 def _run_wgmma(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias, addend) -> None:
     bm, splits, ctas = config["bm"], config["splits"], config["ctas"]
-    parts = 2 if bm == 256 else 1
+    pieces = 2 if bm == 256 else 1
     x, y2 = x.view(-1, p.k), y.view(-1, p.n)
     tiles = -(-p.n // 128) * -(-p.t // bm)
     programs = tiles * splits if splits > 1 else min(tiles, ctas * p.sms)
     stage = 128 * 64 + 2 * bm * 64
-    fixed = 2 * bm * max(p.r, 8) + 2 * (bm // parts) * 64 * 2 + 2048
+    fixed = 2 * bm * max(p.r, 8) + 2 * (bm // pieces) * 64 * 2 + 2048
     stages = max(2, min(8, (_SHARED_BYTES // ctas - fixed) // stage))
     partials, counters = y, y
     if splits > 1:
@@ -275,12 +272,12 @@ def _run_wgmma(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bia
         TensorDescriptor.from_tensor(w.view(torch.int8), [64, 64], _shared(64, 8)),
         TensorDescriptor.from_tensor(x, [bm, 64], _shared(64, 8)),
         TensorDescriptor.from_tensor(t2, [bm, half], _shared(2 * half, 16)),
-        TensorDescriptor.from_tensor(y2, [bm // parts, 64], _shared(128, 16)),
+        TensorDescriptor.from_tensor(y2, [bm // pieces, 64], _shared(128, 16)),
         scale, channel, x_scale, w if up is None else up, scale if up is None else up_scale,
-        _or(bias, y), _or(addend, y), partials, counters, p.t, p.n, p.k, 0,
-        BM=bm, STAGES=stages, SUB=1, PACK=1, GROUP_STEPS=p.group // 128, R=p.r,
-        HAS_BIAS=bias is not None, HAS_ADDEND=addend is not None, PARTS=parts, SPLIT=splits > 1, BAND=8,
-        REGS={1: 240, 2: 104, 3: 72}[ctas], PDL=_dependent(p),
+        _or(bias, y), _or(addend, y), partials, counters, p.t, p.n, p.k,
+        BM=bm, STAGES=stages, GROUP_STEPS=p.group // 128, R=p.r, SPLIT=splits > 1,
+        HAS_BIAS=bias is not None, HAS_ADDEND=addend is not None, PIECES=pieces,
+        REGISTERS={1: 240, 2: 104, 3: 72}[ctas], PDL=_dependent(p),
         num_warps=4, launch_pdl=_dependent(p), **registers,
     )  # fmt: skip
 

@@ -68,9 +68,8 @@ def twin_gemv(
         for i in gl.static_range(UNROLL):
             if start + i * GC < G:
                 left = G - start - i * GC
-                ws = ws + (
-                    _load_weights(w_at + (start + i * GC) * WORDS, gl.expand_dims(group_x < left, 0), start + i * GC + GC > G),
-                )  # fmt: skip
+                w_live = gl.expand_dims(group_x < left, 0)
+                ws = ws + (_load_weights(w_at + (start + i * GC) * WORDS, w_live, start + i * GC + GC > G),)
                 ss = ss + (_load(s_at + start + i * GC, group_s < left, start + i * GC + GC > G),)
         if PDL and start == 0:
             x += grid_wait(N)

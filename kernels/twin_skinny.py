@@ -1,4 +1,4 @@
-"""Gluon kernel of ``tqcompile::twin_gemm`` for a few tokens: weights go from memory straight into ``mma.sync`` fragments.
+"""Gluon kernel of ``tqcompile::twin_gemm`` for a few tokens: weights go from memory straight into ``mma.sync``.
 
 A warp takes 16 rows and every KS-th group of 128 channels. A lane's 16 bytes of a row hold what four products of
 depth 32 (16 for floats) expect in its registers: low nibbles meet the even channels, high nibbles the odd ones,

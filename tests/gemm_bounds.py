@@ -119,3 +119,33 @@ def grid_scales(rows: int, groups: int, top: float, generator: torch.Generator, 
     m = torch.randint(1, 17, (rows, groups), generator=generator, device=device)
     scale = significand * unit * m
     return scale.bfloat16(), (significand * unit)[:, 0].float()
+
+
+def random_gemm_args(
+    t, n, k, rank, operand, dtype, *, group=128, grid=True, bias=True, addend=False, device="cpu", seed=0
+) -> tuple:
+    """Arguments of twin_gemm. operand: torch.int8 or a floating dtype; rank None: no low-rank component. t may be a
+    tuple of leading dimensions. All 16 nibbles and all of -127 .. 127 occur."""
+    g = torch.Generator(device).manual_seed(seed)
+    lead = t if isinstance(t, tuple) else (t,)
+
+    def packed(rows, columns):
+        return torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, generator=g, device=device)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, device=device)
+
+    x, x_scale = normal(*lead, k).to(operand if operand.is_floating_point else dtype), None
+    if operand == torch.int8:
+        x = torch.randint(-127, 128, (*lead, k), generator=g, device=device, dtype=torch.int8)
+        x_scale = torch.rand(*lead, 1, generator=g, device=device) * 0.02 + 0.002
+    scale, unit = grid_scales(n, k // group, 0.02, g, device)
+    if not grid:
+        scale, unit = ((torch.rand(n, k // group, generator=g, device=device) + 0.1) * 0.02).bfloat16(), None
+    low_rank = (None, None, None)
+    if rank is not None:
+        up_scale = ((torch.rand(n, 1, generator=g, device=device) + 0.1) * 0.05).bfloat16()
+        low_rank = (normal(*lead, rank).to(dtype), packed(n, rank), up_scale)
+    b = normal(n).bfloat16() if bias else None
+    added = normal(*lead, n).to(dtype) if addend else None
+    return (x, x_scale, low_rank[0], packed(n, k), scale, unit, *low_rank[1:], b, added, dtype)

@@ -70,7 +70,8 @@ def twin_gemm(
     Args:
         operand: (..., K) in plane order, int8 with ``operand_scale``, or float32/float16/bfloat16 without.
         operand_scale: (..., 1) float32, or None for a floating-point operand.
-        t: (..., R) floating point, the rank-R intermediate, in plane order. None together with ``up``: no low-rank component.
+        t: (..., R) floating point, the rank-R intermediate, in plane order. None together with ``up``: no low-rank
+            component.
         residual: (N, K/2) packed int4; residual_scale: (N, K/g) floating point.
         channel_scale: (N,) float32, or None. A promise that ``residual_scale`` is exactly channel_scale times an
             integer in 1 .. 16, so that a kernel may sum in int32 over all of K. The result does not depend on it.
