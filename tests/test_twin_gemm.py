@@ -91,7 +91,8 @@ def test_every_choice_can_run(n, k, compiled):
         assert config["kernel"] in p.kernels(), (t, operand, grid, major)
         if config["kernel"] == "wgmma":
             assert operand == INT8, "wgmma multiplies integers"
-            assert (config["bm"] == 8 or config["bm"] < 2 * t) and config["splits"] <= max(1, k // 512)
+            assert config["bm"] == 8 or config["bm"] < 2 * t
+            assert config["splits"] <= max(1, k // 512)
 
 
 def test_hopper_multiplies_integers_with_wgmma_and_others_do_not(compiled):
