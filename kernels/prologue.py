@@ -269,10 +269,10 @@ def choose_plan(t: int, k: int, rank: int, group: int, block: int) -> Plan:
     if rank == 0 or (t > _MOST_ROWS and group % 64 == 0):
         return Plan(1, 0, 1, rows, columns, warps)
     padded = triton.next_power_of_2(rank)
-    ranks = max(padded * t // _ROW_PROGRAMS, 2)
+    ranks = max(padded * t // _ROW_PROGRAMS, 1 if rows * columns > 8192 else 2)
     ranks = min(triton.next_power_of_2(ranks), padded)
-    # At most 32 products a thread at a time: more would not stay in registers.
-    step = max(1, min(ranks, 2048 * warps // (rows * columns)))
+    # At most 16 bytes of down a thread at a time, and as many on their way: more would not stay in registers.
+    step = max(1, min(ranks, 1024 * warps // (rows * columns)))
     return Plan(padded // ranks, ranks, step, rows, columns, warps)
 
 
