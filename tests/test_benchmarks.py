@@ -15,7 +15,16 @@ from tqcompile.modules import TwinLinear
 from tqcompile.ops.packing import dequantize_int4, integer_scales
 
 ROOT = Path(__file__).parents[1]
-TINY = ["--geometry=tiny", "--device=cpu", "--inner=eager", "--rank=16", "--group-size=64", "--replays=2", "--jobs=1", "--layers=1"]
+TINY = [
+    "--geometry=tiny",
+    "--device=cpu",
+    "--inner=eager",
+    "--rank=16",
+    "--group-size=64",
+    "--replays=2",
+    "--jobs=1",
+    "--layers=1",
+]
 
 
 def script(name: str):
@@ -195,6 +204,13 @@ def test_kernels_prints_no_time_of_a_wrong_kernel(kernels, monkeypatch, capsys):
     with pytest.raises(SystemExit, match=r"70x384 T=3 w4a8: an error exceeds its bound"):
         kernels.main(["--device=cpu", "--shapes=70x384", "--tokens=3", "--rank=16"])
     assert capsys.readouterr().out == ""
+
+
+def test_kernels_measures_a_head(kernels):
+    row = kernels.main(["--device=cpu", "--shapes=64x128", "--tokens=2", "--rank=8", "--forms=w4a8", "--head"])[-1]
+    assert row["layer"] == "lm_head"
+    assert 0 < row["error_over_bound"]["w8a16"]["y"] <= 1
+    assert row["ratio_to_bf16"]["w8a16"] == row["us"]["bf16"] / row["us"]["w8a16"]
 
 
 def test_kernels_leaves_out_what_no_kernel_serves_and_says_so(kernels, monkeypatch):
