@@ -79,17 +79,23 @@ def test_a_killed_run_keeps_the_cases_before_it(end_to_end, tmp_path, monkeypatc
     assert [row["case"] for row in json.loads(path.read_text())["rows"]] == ["decode-b1-24"]
 
 
-def test_a_wrong_compiled_step_prints_no_time(end_to_end, monkeypatch, capsys):
+def test_a_wrong_compiled_step_prints_no_time(end_to_end, monkeypatch, capsys, tmp_path):
     compile_side = end_to_end.compile_side
 
     def tampered(model, side, options):  # after the references were computed
-        model.model.layers[0].self_attn.o_proj.residual.weight_scale.mul_(1.25)
+        if side == "twin":
+            model.model.layers[0].self_attn.o_proj.residual.weight_scale.mul_(1.25)
         compile_side(model, side, options)
 
     monkeypatch.setattr(end_to_end, "compile_side", tampered)
-    with pytest.raises(SystemExit, match="the compiled step is off by"):
-        end_to_end.main([*TINY, "--models", "llama-3-8b", "--sides", "twin", "--cases", "prefill-2x24"])
-    assert "compiled in" not in capsys.readouterr().out
+    path = tmp_path / "e.json"
+    with pytest.raises(SystemExit, match=r"twin prefill-2x24: Wrong: the compiled step is off by"):
+        end_to_end.main([*TINY, "--models=llama-3-8b", "--cases=prefill-2x24", "--json", str(path)])
+    bf16, twin = json.loads(path.read_text())["rows"]
+    assert bf16["ms"] > 0  # the other side is kept
+    assert set(twin) == {"model", "side", "case", "failed"}
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("llama-3-8b  prefill"))
+    assert line.split()[3:5] == ["-", "-"]
 
 
 @pytest.mark.parametrize("head", ["w8a16", "w4a16"])
