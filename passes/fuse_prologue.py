@@ -33,7 +33,7 @@ from tqcompile.passes.buffers import (
     writes_in_place,
 )
 from tqcompile.passes.lower import implementation
-from tqcompile.passes.producers import Producer, find_producer, find_transform
+from tqcompile.passes.producers import Producer, find_producer, find_transform, reads_shape
 
 PROLOGUE, GEMM = torch.ops.tqcompile.prologue.default, torch.ops.tqcompile.twin_gemm.default
 QUANTIZE, TWIN = torch.ops.tqcompile.quantize_activation.default, torch.ops.tqcompile.twin_linear.default
@@ -75,11 +75,13 @@ class FusePrologue(Pass):
                 continue
             if node.target is TWIN and op_arguments(node)["x_scale"] is not None:
                 continue  # it belongs to a quantization
-            site = self._site(gm, node)
-            reason = site if isinstance(site, str) else self._fuse(gm, site, channel_scales)
-            if reason is None:
-                done.update(site.twins)
-            else:
+            sites = self._sites(gm, node)
+            reason = sites if isinstance(sites, str) else None
+            for site in [] if reason else sites:
+                reason = reason or self._fuse(gm, site, len(sites) == 1, channel_scales)
+                if reason is None:
+                    done.update(site.twins)
+            if reason is not None:
                 gm.meta[self.name][node.name] = reason
         for node in gm.graph.find_nodes(op="call_method", target="item"):
             if not node.users:  # an eps or a ratio that is a constant now
@@ -91,8 +93,9 @@ class FusePrologue(Pass):
             if node.name not in gm.meta[self.name]:
                 raise self.fail("this quantization was neither fused nor left with a reason", node)
 
-    def _site(self, gm: torch.fx.GraphModule, node: torch.fx.Node) -> _Site | str:
-        """The activation that ``node`` quantizes or reads, or why it is left alone."""
+    def _sites(self, gm: torch.fx.GraphModule, node: torch.fx.Node) -> list[_Site] | str:
+        """The activation that ``node`` quantizes or reads, once for each down projection behind it; or why it is
+        left alone."""
         site = _quantized_site(node) if node.target is QUANTIZE else _float_site(node)
         if isinstance(site, str):
             return site
@@ -102,20 +105,33 @@ class FusePrologue(Pass):
         first = op_arguments(site.twins[0])
         site.dtype, site.act_ratio = value.dtype, number(first["act_ratio"])
         site.act_bits = 16 if first["x_scale"] is None else 4 if site.act_ratio > 0 else 8
-        for twin in map(op_arguments, site.twins):
-            if twin["dtype"] != site.dtype:
-                return f"{site.dtype} comes in, but the linear returns {twin['dtype']}"
-            if number(twin["act_ratio"]) != site.act_ratio:
+        groups: list[list[torch.fx.Node]] = []
+        for twin in site.twins:
+            given = op_arguments(twin)
+            if given["dtype"] != site.dtype:
+                return f"{site.dtype} comes in, but the linear returns {given['dtype']}"
+            if number(given["act_ratio"]) != site.act_ratio:
                 return "its linears round it to 4 bits in different ways"
-            if not all(same_values(gm, first[n], twin[n], self._tensors) for n in ("down", "down_scale")):
-                return "its linears have different down projections"
+            same = (group for group in groups if self._same_down(gm, op_arguments(group[0]), given))
+            group = next(same, None)
+            if group is None:
+                groups.append(group := [])
+            group.append(twin)
         if value.shape[-1] % 2:
             return f"K is odd: {value.shape[-1]}"
-        return site
+        # The last one takes the quantization away.
+        last = len(groups) - 1
+        return [
+            dataclasses.replace(site, twins=group, replaced=site.replaced if i == last else [])
+            for i, group in enumerate(groups)
+        ]
 
-    def _fuse(self, gm: torch.fx.GraphModule, site: _Site, channel_scales: dict) -> str | None:
-        """Rewrite one site; returns why not, and then nothing is changed."""
-        note, producer = None, self._producer(site)
+    def _same_down(self, gm: torch.fx.GraphModule, a: dict, b: dict) -> bool:
+        return all(same_values(gm, a[name], b[name], self._tensors) for name in ("down", "down_scale"))
+
+    def _fuse(self, gm: torch.fx.GraphModule, site: _Site, alone: bool, channel_scales: dict) -> str | None:
+        """Rewrite one site; returns why not, and then nothing is changed. ``alone``: no other site has its x."""
+        note, producer = None, self._producer(site) if alone else "its linears have different down projections"
         if isinstance(producer, str):
             note, producer = producer, Producer("none", site.x, None, None, 0.0, ())
         prologue, parts = self._insert_prologue(gm, site, producer)
@@ -136,6 +152,9 @@ class FusePrologue(Pass):
         if "h" in parts:
             (old,) = producer.inner[-1:]
             old.replace_all_uses_with(parts["h"], delete_user_cb=lambda user: user not in producer.inner)
+        for reader in list(site.x.users):
+            if producer.inner and reads_shape(reader):
+                reader.replace_input_with(site.x, producer.x)  # it has the same shape, and stays
         for node in (*reversed(site.twins), *site.replaced, *producer.inner):
             gm.graph.erase_node(node)
         for part in parts.values():

@@ -47,9 +47,11 @@ class MergeSiblings(Pass):
     ):
         self._tensors = tensors or {}
         self._depend_on = depend_on
+        self.moved_inputs = False  # whether tensors of placeholders have a new storage since the last call
 
     def call(self, gm: torch.fx.GraphModule) -> bool:
         gm.meta[self.name] = {}
+        self.moved_inputs = False
         groups = [group for group in self._groups(gm) if len(group) > 1]
         for group in groups:
             self._merge(gm, group)
@@ -117,6 +119,8 @@ class MergeSiblings(Pass):
                 if arguments[name] is not None:
                     parts = [real_tensor(gm, member[name], self._tensors) for member in members]
                     buffer = f"tq_merged_{first.name}_{name}"
+                    if not follow_each_other(parts):
+                        self.moved_inputs |= any(member[name].op == "placeholder" for member in members)
                     attach_buffer(gm, buffer, concatenated(parts))
                     arguments[name] = gm.graph.get_attr(buffer)
             for member in members:
@@ -139,7 +143,7 @@ def concatenated(parts: list[torch.Tensor]) -> torch.Tensor:
     """The tensors of ``parts`` below each other, in one storage that they share from now on."""
     first, rows = parts[0], sum(part.shape[0] for part in parts)
     with torch.inference_mode(False), torch.no_grad():
-        if _follow_each_other(parts):
+        if follow_each_other(parts):
             return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
         whole = torch.cat([part.detach() for part in parts])
         start = whole.storage_offset()
@@ -150,7 +154,8 @@ def concatenated(parts: list[torch.Tensor]) -> torch.Tensor:
         return whole
 
 
-def _follow_each_other(parts: list[torch.Tensor]) -> bool:
+def follow_each_other(parts: list[torch.Tensor]) -> bool:
+    """Whether the tensors lie one behind the other in one storage."""
     at = parts[0].storage_offset()
     for part in parts:
         same = part.untyped_storage().data_ptr() == parts[0].untyped_storage().data_ptr()

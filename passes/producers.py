@@ -43,7 +43,8 @@ def find_producer(anchor: torch.fx.Node, may_read: Callable[[torch.fx.Node], boo
     """The RMSNorm (with the addition before it) or the gated product that ends at ``anchor``.
 
     Args:
-        may_read: whether a node may read the anchor; the readers of all inner values must be part of the pattern.
+        may_read: whether a node may read the anchor, for more than its shape; the readers of all inner values must be
+            part of the pattern.
     Returns:
         the producer, or the reason why there is none to fuse.
     """
@@ -51,12 +52,20 @@ def find_producer(anchor: torch.fx.Node, may_read: Callable[[torch.fx.Node], boo
         match = Match(pattern, anchor, _WILDCARDS)
         if not match:
             continue
-        outside = match.read_outside() or (None if all(map(may_read, anchor.users)) else anchor)
+        readers = [user for user in anchor.users if not reads_shape(user)]
+        outside = match.read_outside() or (None if all(map(may_read, readers)) else anchor)
         if outside is not None:
             return f"the {kind} before it is read elsewhere, at {outside.name}"
         found = _gate(match) if kind == "silu_mul" else _norm(match)
         return found if _one_kind(found, anchor) else f"the {kind} before it mixes dtypes or shapes"
     return "no norm or gate before it"
+
+
+def reads_shape(node: torch.fx.Node) -> bool:
+    """Whether a node asks its first argument for its shape, dtype or device, and not for its values."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim")
+    return node.target is getattr and node.args[1] in ("shape", "dtype", "device", "ndim")
 
 
 def _gate(match: Match) -> Producer:

@@ -23,18 +23,21 @@ def worst(value: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> floa
 
 
 def worst_twin_gemm(
-    y, operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend, dtype, rows=4096
-) -> float:
-    """Largest error of y over its bound. ``rows`` of N at a time limit memory.
+    y, operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend, dtype,
+    rows=4096, dense=False,
+) -> float:  # fmt: skip
+    """Largest error of y over its bound. ``rows`` of N at a time limit memory. ``dense``: the kernel rounds unpacked
+    weights, and the two products, to ``dtype``.
 
     Counted: fp32 sums over K (int8 sums are exact inside a step; two units a product of floats, which tensor cores may
     cut off), scaling, the sum over R, the additions of bias and addend, the output rounding.
     """
     assert y.dtype == dtype, f"dtype {y.dtype}, expected {dtype}"
     n, k = residual.shape[0], operand.shape[-1]
-    wide, scale = operand.double().reshape(-1, k), torch.ones(1, 1, dtype=torch.float64, device=operand.device)
+    wide = natural_order(operand.double().reshape(-1, k))
+    scale = torch.ones(1, 1, dtype=torch.float64, device=operand.device)
     if operand_scale is not None:
-        wide, scale = natural_order(wide), operand_scale.double().reshape(-1, 1)
+        scale = operand_scale.double().reshape(-1, 1)
     sums = k // MIN_STEP + MAX_SPLITS + 12 + (0 if operand.dtype == torch.int8 else 2 * MAX_STEP)
     half, largest = torch.finfo(dtype).eps / 2, 0.0
     flat = y.reshape(-1, n)
@@ -42,11 +45,13 @@ def worst_twin_gemm(
         some = slice(i, i + rows)
         w = unpacked(residual[some], residual_scale[some])
         exact = wide @ w.T * scale
-        error = sums * U32 * (wide.abs() @ w.abs().T * scale)
+        largest_sum = wide.abs() @ w.abs().T * scale
+        error = (sums * U32 + dense * half) * largest_sum + dense * half * exact.abs()
         if t is not None:
-            u, narrow = unpacked(up[some], up_scale[some]), t.double().reshape(-1, t.shape[-1])
+            u, narrow = unpacked(up[some], up_scale[some]), natural_order(t.double().reshape(-1, t.shape[-1]))
             exact = exact + narrow @ u.T
-            error = error + (2 * t.shape[-1] + 8) * U32 * (narrow.abs() @ u.abs().T)
+            error = error + ((2 * t.shape[-1] + 8) * U32 + dense * half) * (narrow.abs() @ u.abs().T)
+            error = error + dense * half * exact.abs()
         for term in (bias, addend):
             if term is not None:
                 part = term.double().reshape(-1, n)[:, some]
@@ -73,8 +78,9 @@ def worst_plain_prologue(results, x, input_scale, rotation, down, down_scale, ac
             blocks = exact.unflatten(-1, (-1, b))
             error, exact = 2 * b * U32 * (blocks.abs() @ turn.abs()).flatten(-2), (blocks @ turn).flatten(-2)
         half = torch.finfo(x.dtype).eps / 2
-        found = {"operand": worst(operand, exact, error * (1 + half) + half * exact.abs() + _absolute_floor(x.dtype))}
-        wide, scale = operand.double(), torch.ones(1, 1, dtype=torch.float64, device=x.device)
+        natural = natural_order(operand)
+        found = {"operand": worst(natural, exact, error * (1 + half) + half * exact.abs() + _absolute_floor(x.dtype))}
+        wide, scale = natural.double(), torch.ones(1, 1, dtype=torch.float64, device=x.device)
     else:
         q, scale = natural_order(operand), operand_scale
         if act_bits == 4:
@@ -103,7 +109,7 @@ def worst_plain_prologue(results, x, input_scale, rotation, down, down_scale, ac
         halfway = ((steps - steps.floor() - 0.5).abs() < 127 * 16 * U32).double()
         error = error + halfway @ d.abs().T * scale
     bound = error * (1 + half) + half * exact.abs() + _absolute_floor(x.dtype)
-    return {**found, "t": worst(t.reshape(-1, d.shape[0]), exact, bound)}
+    return {**found, "t": worst(natural_order(t).reshape(-1, d.shape[0]), exact, bound)}
 
 
 def grid_scales(rows: int, groups: int, top: float, generator: torch.Generator, device="cpu"):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.fx
 from torch._dynamo import list_backends, lookup_backend, register_backend
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -89,15 +90,19 @@ def twinquant(
         ],
     )
     if _is_on_cuda(gm) if lower is None else lower:
+        merge = MergeSiblings(tensors, _guard_identity)
         modified |= run_passes(
             gm,
             [
                 # q, k and v become one linear; so do gate and up.
-                MergeSiblings(tensors, _guard_identity),
+                merge,
                 # Norm or gate, transform, quantization and down projection in one op, the products in another.
                 FusePrologue(tensors, _guard_identity),
             ],
         )
+        if merge.moved_inputs and inner != "eager":
+            # AOTAutograd refuses inputs that lie elsewhere in memory than dynamo saw; dynamo looks again.
+            raise TensorifyScalarRestartAnalysis(restart_reason="sibling weights were moved into one storage")
     # A kernel for each op, or the reason why plain torch runs.
     modified |= run_passes(gm, [Lower()])
     compiled = _compile(inner, gm, example_inputs, patches)

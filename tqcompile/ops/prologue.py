@@ -38,22 +38,19 @@ def prologue_reference(
     """Plain-torch definition of the op; also the CPU kernel. See :func:`prologue`."""
     v, h = _produce(x, other, gain, kind, eps)
     if act_bits == 16:
-        operand = transform_activation(v, input_scale, rotation)
-        wide, scale, operand_scale = operand.float(), 1.0, x.new_empty(0, dtype=torch.float32)
-        # An op may not return its input.
-        operand = operand.clone(memory_format=torch.contiguous_format) if operand is x else operand.contiguous()
+        q = transform_activation(v, input_scale, rotation)
+        wide, scale, operand_scale = q.float(), 1.0, x.new_empty(0, dtype=torch.float32)
     else:
         q, operand_scale = quantize_activation_reference(v, input_scale, rotation)
         wide, scale = q.float(), operand_scale
         if act_bits == 4:
             q = torch.round(wide * act_ratio).clamp(-8, 7).to(torch.int8)
             operand_scale = operand_scale / act_ratio
-        operand = to_planes(q)
     if down is None:
         t = x.new_empty((*x.shape[:-1], 0))
     else:
-        t = (torch.matmul(wide, dequantize_int4(down, down_scale).t()) * scale).to(x.dtype)
-    return operand, operand_scale, t, h
+        t = to_planes((torch.matmul(wide, dequantize_int4(down, down_scale).t()) * scale).to(x.dtype))
+    return to_planes(q), operand_scale, t, h
 
 
 def _produce(x, other, gain, kind: str, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,9 +92,9 @@ def prologue(
         kind: "none", "rms_norm" or "silu_mul". eps: of the norm.
         act_bits: 4, 8 or 16. act_ratio: for 4, the factor from the 8-bit to the 4-bit integer (> 0); else 0.
     Returns:
-        operand: (..., K): for 8 and 4 bits int8 in plane order (ops/twin_gemm.py); for 16 in the dtype of x, natural.
+        operand: (..., K), int8 for 8 and 4 bits, dtype of x for 16, in plane order (ops/twin_gemm.py).
         operand_scale: (..., 1) float32; for 16 bits empty, (0,).
-        t: (..., R), dtype of x; (..., 0) without ``down``.
+        t: (..., R), dtype of x, in plane order; (..., 0) without ``down``.
         h: x + other, (..., K), where "rms_norm" has ``other``; else empty, (0,).
     """
     return prologue_reference(x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio)

@@ -3,7 +3,7 @@
     y = (operand @ residual^T) * operand_scale + t @ up^T + bias + addend
 
 Together with ``prologue`` it is ``twin_linear`` for a GPU: the rank-R intermediate t is computed once per token
-and not once per tile of N, and the operand is already what the tensor core reads. Int8 operands come in plane
+and not once per tile of N, and the operand is already what the tensor core reads. Operand and t come in plane
 order, because a byte of the canonical 4-bit layout (ops/packing.py) holds an even and an odd channel: its low
 nibbles are one plane of K/2 channels, its high nibbles the other.
 """
@@ -38,12 +38,12 @@ def twin_gemm_reference(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Plain-torch definition of the op; also the CPU kernel. See :func:`twin_gemm`."""
-    wide = operand.float() if operand_scale is None else from_planes(operand).float()
+    wide = from_planes(operand).float()
     y = torch.matmul(wide, dequantize_int4(residual, residual_scale).t())
     if operand_scale is not None:
         y = y * operand_scale
     if t is not None:
-        y = y + torch.matmul(t.float(), dequantize_int4(up, up_scale).t())
+        y = y + torch.matmul(from_planes(t).float(), dequantize_int4(up, up_scale).t())
     if bias is not None:
         y = y + bias.float()
     if addend is not None:
@@ -68,9 +68,9 @@ def twin_gemm(
     """Residual product, up projection of t, bias and addend, rounded once at the end.
 
     Args:
-        operand: (..., K) int8 in plane order with ``operand_scale``, or float32/float16/bfloat16 in natural order.
+        operand: (..., K) in plane order, int8 with ``operand_scale``, or float32/float16/bfloat16 without.
         operand_scale: (..., 1) float32, or None for a floating-point operand.
-        t: (..., R) floating point, the rank-R intermediate. None together with ``up``: no low-rank component.
+        t: (..., R) floating point, the rank-R intermediate, in plane order. None together with ``up``: no low-rank component.
         residual: (N, K/2) packed int4; residual_scale: (N, K/g) floating point.
         channel_scale: (N,) float32, or None. A promise that ``residual_scale`` is exactly channel_scale times an
             integer in 1 .. 16, so that a kernel may sum in int32 over all of K. The result does not depend on it.
