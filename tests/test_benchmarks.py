@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -63,6 +64,16 @@ def test_end_to_end_measures_both_sides_of_every_case(end_to_end, tmp_path, caps
     out = capsys.readouterr().out
     for case in cases:
         assert f"qwen3-8b    {case}" in out
+
+
+def test_as_a_command_the_sides_run_in_processes_of_their_own(tmp_path):
+    path = tmp_path / "e.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "end_to_end.py"), *TINY, "--jobs=2", "--models=llama-3-8b"]
+    command += ["--cases=decode-b1-24", "--json", str(path)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert sorted(row["side"] for row in json.loads(path.read_text())["rows"]) == ["bf16", "twin"]
+    assert "llama-3-8b  decode-b1-24" in found.stdout
 
 
 def test_a_killed_run_keeps_the_cases_before_it(end_to_end, tmp_path, monkeypatch):
