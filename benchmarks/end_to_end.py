@@ -391,6 +391,10 @@ def compile_side(model: nn.Module, side: str, options) -> None:
         )
 
 
+class Wrong(Exception):
+    """A result that is not what it must be; its case gets no time, the others go on."""
+
+
 def first_call(model: nn.Module, side: str, case: Case, expected: tuple | None, options) -> dict:
     """Compile (or reuse) the graph for a case and hold it against the gate; what there is to report of it."""
     device = options.device
@@ -406,7 +410,7 @@ def first_call(model: nn.Module, side: str, case: Case, expected: tuple | None, 
         exact, rounding = expected
         row |= {"error": relative(logits.cpu(), exact), "bf16_error": rounding}
         if not row["error"] <= GATE * rounding:
-            sys.exit(f"{case.name}: the compiled step is off by {row['error']:.2e}, allowed {GATE} * {rounding:.2e}")
+            raise Wrong(f"the compiled step is off by {row['error']:.2e}, allowed {GATE} * {rounding:.2e}")
     del logits
     step.run(model)
     if device == "cuda":
@@ -423,7 +427,7 @@ def timed(model: nn.Module, case: Case, options) -> dict:
     count = options.replays or (DECODE_REPLAYS if case.decode else PREFILL_REPLAYS)
     ms, spread = milliseconds(replay, count, options.device)
     if not ((token >= 0) & (token < model.config.vocab_size)).all():
-        sys.exit(f"{case.name}: the timed graph produced a token outside of the vocabulary")
+        raise Wrong("the timed graph produced a token outside of the vocabulary")
     return {"ms": ms, "spread_ms": spread, "tokens_per_second": case.tokens / ms * 1e3}
 
 
@@ -458,15 +462,31 @@ def run_side(name: str, side: str, cases: list[Case], options, record, turn) -> 
             free(options.device)
     say(f"built, {weight_bytes(model) / 1e9:.2f} GB")
     compile_side(model, side, options)
-    rows = []
-    for case in cases:
-        rows.append({"model": name, **first_call(model, side, case, expected.get(case.name), options)})
-        free(options.device)
-        say(f"{case.name} compiled in {rows[-1]['compile_seconds']:.0f} s")
-    with turn():
-        for case, row in zip(cases, rows, strict=True):
-            record(row | timed(model, case, options))
+    rows = {}
+
+    def attempt(case: Case, call) -> dict | None:
+        """What ``call`` returns; or None, after recording why there is nothing."""
+        try:
+            return call()
+        except Exception as error:
+            if not isinstance(error, Wrong):
+                traceback.print_exc()
+            record({"model": name, "side": side, "case": case.name, "failed": f"{type(error).__name__}: {error}"[:500]})
+            say(f"{case.name} FAILED")
+            return None
+        finally:
             free(options.device)
+
+    for case in cases:
+        row = attempt(case, lambda case=case: first_call(model, side, case, expected.get(case.name), options))
+        if row is not None:
+            rows[case] = {"model": name, **row}
+            say(f"{case.name} compiled in {row['compile_seconds']:.0f} s")
+    with turn():
+        for case, row in rows.items():
+            times = attempt(case, lambda case=case: timed(model, case, options))
+            if times is not None:
+                record(row | times)
         say("timed")
     torch._dynamo.reset()
 
@@ -522,7 +542,7 @@ def run_sides_together(name: str, cases: list[Case], options, record) -> None:
 
 def table(rows: list[dict]) -> str:
     """One line a model and case: both sides' times, the ratio, memory."""
-    sides = {(row["model"], row["case"], row["side"]): row for row in rows}
+    sides = {(row["model"], row["case"], row["side"]): row for row in rows if "failed" not in row}
     lines = [
         f"{'model':12}{'case':18}{'bf16 ms':>10}{'twin ms':>10}{'speed':>8}{'tokens/s':>10}"
         f"{'weights':>9}{'peak GB':>16}{'error':>10}{'of bf16':>9}"
@@ -632,6 +652,9 @@ def main(arguments: list[str] | None = None) -> list[dict]:
                 free(options.device)
     print(" ".join(f"{key}={value}" for key, value in about.items()))
     print(table(rows))
+    failed = [f"{row['model']} {row['side']} {row['case']}: {row['failed']}" for row in rows if "failed" in row]
+    if failed:
+        sys.exit("\n".join(failed))
     return rows
 
 

@@ -30,6 +30,7 @@ SHAPES = {
     "gate_up_70b": (57344, 8192),
 }
 TOKENS = (1, 16, 64, 256, 512, 2048, 8192)
+HEAD, HEAD_TOKENS = (128256, 4096), (1, 16, 64)
 CHECKED_TOKENS = {"gate_up_70b": (16, 512)}  # not timed
 ACT_BITS = {"w4a8": 8, "w4a4": 4, "w4a16": 16}
 GROUP = 128
@@ -244,6 +245,32 @@ def measure(name: str, tokens: tuple, options) -> list[dict]:
     return rows
 
 
+def measure_head(options) -> list[dict]:
+    """The output head of Llama-3-8B with 8-bit weights (int8_linear) beside bf16; the last token of each sequence."""
+    from kernel_bounds import random_int8_args, worst_int8_linear
+
+    n, k = HEAD if options.device == "cuda" else (512, 256)
+    kernel = Kernel("int8_linear", options.device)
+    copies = copies_of(list(random_int8_args(1, n, k, k // GROUP, DTYPE, False, options.device)[1:]))
+    dense = copies_of([torch.randn(n, k, device=options.device, dtype=DTYPE)])
+    rows = []
+    for t in HEAD_TOKENS:
+        x = torch.randn(t, k, device=options.device, dtype=DTYPE)
+        row = {"layer": "lm_head", "N": n, "K": k, "T": t, "R": 0, "us": {}, "error_over_bound": {}, "left": {}}
+        reason = kernel.unsupported(x, *copies[0])
+        if reason is not None:
+            sys.exit(f"lm_head T={t}: int8_linear cannot run: {reason}")
+        found = worst_int8_linear(kernel.launch(x, *copies[0]), x, *copies[0])
+        row["error_over_bound"]["w8a16"] = {"y": found}
+        if not found <= 1:
+            sys.exit(f"lm_head T={t}: an error exceeds its bound, no times are printed: {found}")
+        row["us"]["bf16"] = microseconds(lambda w, x=x: F.linear(x, w[0]), dense)
+        row["us"]["w8a16"] = microseconds(lambda w, x=x: kernel.launch(x, *w), copies)
+        row["ratio_to_bf16"] = {"w8a16": row["us"]["bf16"] / row["us"]["w8a16"]}
+        rows.append(row)
+    return rows
+
+
 def portable(w: list, x: torch.Tensor) -> torch.Tensor:
     """The W4A8 layer by the two portable kernels; tests/gpu hold these against float64."""
     from tqcompile.kernels import quantize_activation, twin_linear
@@ -279,6 +306,7 @@ def parse(arguments: list[str] | None):
     parser.add_argument("--scales", choices=("grid", "free"), default="grid", help="grid: one number a row times 1..16")
     parser.add_argument("--rotation", action="store_true", help="the prologue also rotates blocks of 128 channels")
     parser.add_argument("--portable", action="store_true", help="also time quantize_activation + twin_linear")
+    parser.add_argument("--head", action="store_true", help="also an output head with 8-bit weights")
     parser.add_argument("--rank", type=int, default=64, help="0: no low-rank component")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only tries the script")
     options = parser.parse_args(arguments)
@@ -311,6 +339,10 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         if options.device == "cuda":
             torch.cuda.empty_cache()
         about["seconds"] = round(time.time() - start, 1)
+        if options.json:
+            options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    if options.head:
+        rows += measure_head(options)
         if options.json:
             options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     print(" ".join(f"{key}={value}" for key, value in about.items()))

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +16,16 @@ from tqcompile.modules import TwinLinear
 from tqcompile.ops.packing import dequantize_int4, integer_scales
 
 ROOT = Path(__file__).parents[1]
-TINY = ["--geometry=tiny", "--device=cpu", "--inner=eager", "--rank=16", "--group-size=64", "--replays=2", "--jobs=1"]
+TINY = [
+    "--geometry=tiny",
+    "--device=cpu",
+    "--inner=eager",
+    "--rank=16",
+    "--group-size=64",
+    "--replays=2",
+    "--jobs=1",
+    "--layers=1",
+]
 
 
 def script(name: str):
@@ -47,13 +57,23 @@ def test_end_to_end_measures_both_sides_of_every_case(end_to_end, tmp_path, caps
         assert row["ms"] > 0
     for row in rows[len(cases) :]:
         assert 0 < row["error"] <= end_to_end.GATE * row["bf16_error"]
-        here = "reference: there is no kernel for device cpu"  # two layers, four sites each
-        assert row["implementations"] == {f"prologue: {here}": 8, f"twin_gemm: {here}": 8}
+        here = "reference: there is no kernel for device cpu"  # four sites in the one layer
+        assert row["implementations"] == {f"prologue: {here}": 4, f"twin_gemm: {here}": 4}
     stored = json.loads((tmp_path / "e.json").read_text())
     assert stored["rows"] == rows
     out = capsys.readouterr().out
     for case in cases:
         assert f"qwen3-8b    {case}" in out
+
+
+def test_as_a_command_the_sides_run_in_processes_of_their_own(tmp_path):
+    path = tmp_path / "e.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "end_to_end.py"), *TINY, "--jobs=2", "--models=llama-3-8b"]
+    command += ["--cases=decode-b1-24", "--json", str(path)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert sorted(row["side"] for row in json.loads(path.read_text())["rows"]) == ["bf16", "twin"]
+    assert "llama-3-8b  decode-b1-24" in found.stdout
 
 
 def test_a_killed_run_keeps_the_cases_before_it(end_to_end, tmp_path, monkeypatch):
@@ -70,27 +90,34 @@ def test_a_killed_run_keeps_the_cases_before_it(end_to_end, tmp_path, monkeypatc
     assert [row["case"] for row in json.loads(path.read_text())["rows"]] == ["decode-b1-24"]
 
 
-def test_a_wrong_compiled_step_prints_no_time(end_to_end, monkeypatch, capsys):
+def test_a_wrong_compiled_step_prints_no_time(end_to_end, monkeypatch, capsys, tmp_path):
     compile_side = end_to_end.compile_side
 
     def tampered(model, side, options):  # after the references were computed
-        model.model.layers[1].self_attn.o_proj.residual.weight_scale.mul_(1.25)
+        if side == "twin":
+            model.model.layers[0].self_attn.o_proj.residual.weight_scale.mul_(1.25)
         compile_side(model, side, options)
 
     monkeypatch.setattr(end_to_end, "compile_side", tampered)
-    with pytest.raises(SystemExit, match="the compiled step is off by"):
-        end_to_end.main([*TINY, "--models", "llama-3-8b", "--sides", "twin", "--cases", "prefill-2x24"])
-    assert "compiled in" not in capsys.readouterr().out
+    path = tmp_path / "e.json"
+    with pytest.raises(SystemExit, match=r"twin prefill-2x24: Wrong: the compiled step is off by"):
+        end_to_end.main([*TINY, "--models=llama-3-8b", "--cases=prefill-2x24", "--json", str(path)])
+    bf16, twin = json.loads(path.read_text())["rows"]
+    assert bf16["ms"] > 0  # the other side is kept
+    assert set(twin) == {"model", "side", "case", "failed"}
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("llama-3-8b  prefill"))
+    assert line.split()[3:5] == ["-", "-"]
 
 
 @pytest.mark.parametrize("head", ["w8a16", "w4a16"])
-def test_the_head_is_rounded_on_the_twin_side_only(end_to_end, head):
-    arguments = [*TINY, "--models=llama-3-8b", "--cases=decode-b1-24", f"--lm-head={head}"]
-    bf16, twin = end_to_end.main(arguments)
-    plain = end_to_end.main([*TINY, "--models=llama-3-8b", "--cases=decode-b1-24"])
-    assert bf16["weights_gb"] == plain[0]["weights_gb"]
-    saved = (plain[1]["weights_gb"] - twin["weights_gb"]) * 1e9
-    assert saved == 257 * 128 * (2 - int(head[1]) / 8) - 257 * 128 // 64 * 2
+def test_the_head_is_rounded_on_the_twin_side(end_to_end, options, head):
+    sizes = []
+    for choice in ("keep", head):
+        model = end_to_end.build("llama-3-8b", options)
+        end_to_end.quantize(model, argparse.Namespace(**{**vars(options), "lm_head": choice}))
+        sizes.append(end_to_end.weight_bytes(model))
+    values = 257 * 128
+    assert sizes[0] - sizes[1] == values * 2 - values * int(head[1]) // 8 - values // 64 * 2
 
 
 def test_an_unknown_case_is_named(end_to_end):
@@ -102,7 +129,7 @@ def test_the_random_model_has_the_form_of_a_quantized_one(end_to_end, options):
     """Grid scales exact in bfloat16; one transform and one down-projection a site; weights of the usual spread."""
     model = end_to_end.build("llama-3-8b", options)
     end_to_end.quantize(model, options)
-    layer = model.model.layers[1]
+    layer = model.model.layers[0]
     q, k, v = (layer.get_submodule(f"self_attn.{name}_proj") for name in "qkv")
     for one, other in ((q, k), (q, v), (layer.mlp.gate_proj, layer.mlp.up_proj)):
         assert torch.equal(one.down.weight_packed, other.down.weight_packed)
@@ -111,7 +138,7 @@ def test_the_random_model_has_the_form_of_a_quantized_one(end_to_end, options):
         assert torch.equal(one.transform.rotation, other.transform.rotation)
     assert not torch.equal(q.residual.weight_packed[:64], k.residual.weight_packed[:64])
     twins = [m for m in model.modules() if isinstance(m, TwinLinear)]
-    assert len(twins) == 7 * 2
+    assert len(twins) == 7
     for twin in twins:
         scale = twin.residual.weight_scale.double()
         significand = torch.frexp(scale)[0] * 256
@@ -194,6 +221,13 @@ def test_kernels_prints_no_time_of_a_wrong_kernel(kernels, monkeypatch, capsys):
     with pytest.raises(SystemExit, match=r"70x384 T=3 w4a8: an error exceeds its bound"):
         kernels.main(["--device=cpu", "--shapes=70x384", "--tokens=3", "--rank=16"])
     assert capsys.readouterr().out == ""
+
+
+def test_kernels_measures_a_head(kernels):
+    row = kernels.main(["--device=cpu", "--shapes=64x128", "--tokens=2", "--rank=8", "--forms=w4a8", "--head"])[-1]
+    assert row["layer"] == "lm_head"
+    assert 0 < row["error_over_bound"]["w8a16"]["y"] <= 1
+    assert row["ratio_to_bf16"]["w8a16"] == row["us"]["bf16"] / row["us"]["w8a16"]
 
 
 def test_kernels_leaves_out_what_no_kernel_serves_and_says_so(kernels, monkeypatch):

@@ -255,7 +255,7 @@ def test_a_sum_in_another_order_is_no_difference_and_a_lost_product_is():
 
 def test_problems_of_a_checkpoint_are_those_of_the_compiled_graph(tmp_path):
     model = tiny("Qwen3")
-    tqcompile.compile(model, tokens(), scheme="twin-w4a8", **SETTINGS)
+    tqcompile.compile(model, tokens(), scheme="twin-w4a8", lm_head="w8a16", **SETTINGS)
     tqcompile.save(model, tmp_path / "m")
     found = tuner.problems_of_checkpoint(tmp_path / "m")
     # q + k + v, o, gate + up, down; equal in both layers

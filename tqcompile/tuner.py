@@ -99,6 +99,8 @@ def problems_of_checkpoint(directory: Path) -> list[Problem]:
         raise CheckpointError(f"{path} cannot be read ({error!r}); save the model with tqcompile.save.") from error
     groups: dict[tuple, list[dict]] = {}
     for name, spec in modules.items():
+        if spec.get("weight_bits", 4) == 8:
+            continue  # an output head with a kernel of its own
         down = tensors.get(f"{name}.down.weight_packed")
         parent = name.rpartition(".")[0]
         groups.setdefault((parent, down["sha256"] if down else name, spec["in_features"]), []).append(spec)
