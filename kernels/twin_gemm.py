@@ -146,7 +146,9 @@ def choose(p: _Problem) -> dict:
         sizes = [bm for bm in _STEP_US if min(p.t, 64) <= bm and (bm < 2 * p.t or bm == 8)]
         costs = [(*_splits(-(-p.n // 128) * -(-p.t // bm), p.k // 128, bm, p.sms), bm) for bm in sizes]
         _, splits, bm = min(costs)
-        return {"kernel": "wgmma", "bm": bm, "splits": splits, "ctas": 2 if bm <= 64 else 1}
+        # Two programs on a multiprocessor have half the registers each: only where there are that many.
+        more = -(-p.n // 128) * -(-p.t // bm) * splits > p.sms
+        return {"kernel": "wgmma", "bm": bm, "splits": splits, "ctas": 2 if bm <= 64 and more else 1}
     if "dense" in can and p.t >= DENSE_TOKENS:
         return {"kernel": "dense"}
     bm = next(size for size in (16, 32, 64) if p.t <= size or size == 64)
@@ -265,7 +267,7 @@ def _run_wgmma(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bia
     if splits > 1:
         partials = torch.empty(programs * 4 * 64 * bm, dtype=torch.int32, device=y.device)
         counters = split_counters(y.device, 2 * tiles)
-    half = max(p.r, 64) // 2
+    half = p.r // 2 if p.r else 32
     t2 = y2.new_empty(bm, half) if t is None else t.view(-1, p.r)
     registers = {} if ctas == 1 else {"maxnreg": {2: 80, 3: 56}[ctas]}
     twin_wgmma[(programs,)](
