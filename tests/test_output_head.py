@@ -203,17 +203,32 @@ def test_a_quantized_head_counts_as_quantized():
         tqcompile.compile(model, torch.randn(4, 64), **SETTINGS)
 
 
-def test_export_works_at_four_bits_and_is_refused_at_eight(tmp_path):
-    pytest.importorskip("onnx")
+@pytest.mark.parametrize(("kind", "op"), [("w8a16", "Int8Linear"), ("w4a16", "TwinLinearA16Single")])
+def test_export_has_the_head_as_one_op_and_reproduces_the_model(kind, op, tmp_path):
     pytest.importorskip("onnxruntime")
-    import onnx
+    onnx = pytest.importorskip("onnx")
+    found = tqcompile.export_onnx(quantized(lm_head=kind, tie_word_embeddings=True), tmp_path / "m.onnx")
+    assert found.ops[f"com.tqcompile::{op}"] == 1
+    assert found.difference < 1e-5
+    graph = onnx.load(tmp_path / "m.onnx", load_external_data=False).graph
+    assert [node.op_type for node in graph.node if node.name == "lm_head"] == [op]
+    weight = next(t for t in graph.initializer if t.name.startswith("lm_head.") and t.name.endswith(("int8", "packed")))
+    assert weight.data_type == (onnx.TensorProto.INT8 if kind == "w8a16" else onnx.TensorProto.INT4)
+    assert list(weight.dims) == [128, 97]
 
-    from tqcompile.errors import ExportError
 
-    found = tqcompile.export_onnx(quantized(lm_head="w4a16", tie_word_embeddings=True), tmp_path / "four.onnx")
-    assert found.ops["com.tqcompile::TwinLinearA16Single"] == 1
-    graph = onnx.load(tmp_path / "four.onnx", load_external_data=False).graph
-    assert [node.op_type for node in graph.node if node.name == "lm_head"] == ["TwinLinearA16Single"]
-    with pytest.raises(ExportError, match=r"lm_head has 8-bit weights .*lm_head='w4a16' or 'keep' to export"):
-        tqcompile.export_onnx(quantized(lm_head="w8a16"), tmp_path / "eight.onnx")
-    assert not (tmp_path / "eight.onnx").exists()
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_exported_op_means_what_the_layer_does(bias, tmp_path):
+    """Small enough to run in the reference evaluator too, which shares no code with ONNX Runtime."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    from onnx.reference import ReferenceEvaluator
+
+    torch.manual_seed(0)
+    head = nn.Linear(64, 40, bias=bias)
+    model = nn.Sequential(round_head(head, 8, 32, None)).eval()
+    x = torch.randn(3, 64)
+    tqcompile.export_onnx(model, tmp_path / "m.onnx", example={"input": x})
+    (y,) = ReferenceEvaluator(str(tmp_path / "m.onnx")).run(None, {"input": x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=1e-5, atol=1e-5)
