@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from tqcompile.kernels.quantize_activation import ROTATION_BLOCKS
+from tqcompile.kernels.split_counters import split_counters
 from tqcompile.kernels.twin_linear import (
     INTERPRET,
     MAX_RANK,
@@ -195,21 +196,32 @@ def _rows(
             )  # fmt: skip
 
 
+@triton.jit
+def _store_t(acc, x_scale, t, m, r, T, R, factor, INT: tl.constexpr, INTERPRET: tl.constexpr):
+    if INT:
+        acc *= (tl.load(x_scale + m, mask=m < T, other=0.0) * factor)[None, :]
+    live = (m < T)[None, :] & (r < R)[:, None]
+    tl.store(t + m.to(tl.int64)[None, :] * R + r[:, None], round_to(acc, t.dtype.element_ty, INTERPRET), mask=live)
+
+
 @triton.jit(do_not_specialize=["T"])
 def _low_rank(
-    x, x_scale, down, down_scale, t, T, K, R, factor,
-    GROUP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr,
+    x, x_scale, down, down_scale, t, partials, counters, T, K, R, factor,
+    GROUP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr, S: tl.constexpr,
     INT: tl.constexpr, FORM: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """t (T, R) of operands x (T, K), int8 in plane order or floating in natural order. Transposed: t^T = D x^T."""
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    """t (T, R) of operands x (T, K), int8 in plane order or floating in natural order. Transposed: t^T = D x^T.
+    S programs share a tile of BM tokens; the last to arrive adds their partials in order, as in ``twin_linear``."""
+    tile, split = tl.program_id(0) // S, tl.program_id(0) % S
+    m = tile * BM + tl.arange(0, BM)
     r, byte = tl.arange(0, RP), tl.arange(0, BK // 2)
     m_live, r_live = m < T, r < R
     x_row = x + m.to(tl.int64)[:, None] * K
     d_at = down + r[:, None] * (K // 2) + byte[None, :]
     ds_at = down_scale + r * (K // GROUP)
     acc = tl.zeros((RP, BM), tl.float32)
-    for step in tl.range(0, K // BK):
+    steps = K // BK
+    for step in tl.range(steps * split // S, steps * (split + 1) // S):
         d = tl.load(d_at + step * (BK // 2), mask=r_live[:, None], other=0)
         ds = tl.load(ds_at + step * BK // GROUP, mask=r_live, other=0.0).to(tl.float32)
         if INT:
@@ -225,10 +237,21 @@ def _low_rank(
                 v = v.to(tl.float32)  # the interpreter's bf16 dot is wrong
             part = tl.dot(_unpack(d, FORM), v.T, input_precision="ieee")
         acc += part * ds[:, None]
-    if INT:
-        acc *= (tl.load(x_scale + m, mask=m_live, other=0.0) * factor)[None, :]
-    live = m_live[None, :] & r_live[:, None]
-    tl.store(t + m.to(tl.int64)[None, :] * R + r[:, None], round_to(acc, t.dtype.element_ty, INTERPRET), mask=live)
+    if S == 1:
+        _store_t(acc, x_scale, t, m, r, T, R, factor, INT, INTERPRET)
+    else:
+        block: tl.constexpr = RP * BM
+        at = partials + tile * S * block + (r[:, None] * BM + tl.arange(0, BM)[None, :])
+        tl.store(at + split * block, acc)
+        if not INTERPRET:
+            tl.debug_barrier()  # every thread's stores come before the one thread's release
+        if tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == S - 1:
+            acc = tl.zeros((RP, BM), tl.float32)
+            for i in tl.range(0, S, num_stages=1):
+                # .cg: from L2, where the other programs' stores are, never from this SM's L1.
+                acc += tl.load(at + i * block, cache_modifier=".cg")
+            _store_t(acc, x_scale, t, m, r, T, R, factor, INT, INTERPRET)
+            tl.store(counters + tile, 0)  # clean for the next launch and for graph replay
 
 
 class Plan(NamedTuple):
@@ -263,23 +286,21 @@ def unsupported(x, other, gain, input_scale, rotation, down, down_scale, kind, e
     reason = device_reason(x.device)
     if reason:
         return reason
-    tensors = (other, gain, input_scale, rotation, down, down_scale)
-    if any(a is not None and a.device != x.device for a in tensors):
+    if any(a is not None and a.device != x.device for a in (other, gain, input_scale, rotation, down, down_scale)):
         return "all tensors must be on one device"
     if x.dtype not in _FLOATS or x.dim() == 0:
         return f"x must be float32, float16 or bfloat16 with a last dimension, got {x.dtype}"
     k = x.shape[-1]
     if k == 0 or k % 2 or k > MAX_K:
         return f"K must be even and at most {MAX_K}, got {k}"
-    if any(a is not None and a.dtype != x.dtype for a in (other, gain)):
-        return "other and gain must have the dtype of x"
-    if (gain is not None and gain.shape != (k,)) or (other is not None and other.shape != x.shape):
-        return f"gain must be ({k},) and other of the shape of x"
+    for name, value, shape in (("other", other, x.shape), ("gain", gain, (k,))):
+        if value is not None and (value.dtype != x.dtype or value.shape != shape):
+            return f"{name} must be {tuple(shape)} of the dtype of x, got {value.dtype} {tuple(value.shape)}"
     if input_scale is not None and (input_scale.shape != (k,) or input_scale.dtype not in _FLOATS):
         return f"input_scale must be ({k},) floating point, got {tuple(input_scale.shape)}"
     if rotation is not None:
-        b = rotation.shape[0] if rotation.dim() == 2 and rotation.shape[0] == rotation.shape[1] else 0
-        if b not in ROTATION_BLOCKS or k % b or not rotation.is_floating_point():
+        b = rotation.shape[0]
+        if b not in ROTATION_BLOCKS or k % b or rotation.shape != (b, b) or not rotation.is_floating_point():
             return f"rotation must be (b, b), b in {ROTATION_BLOCKS} dividing K={k}, got {tuple(rotation.shape)}"
         if x.dtype == torch.float32:
             return "a float32 rotation does not run on tensor cores"
@@ -332,7 +353,8 @@ def _run(
     if apart and act_bits == 4:
         q8, q8_scale = torch.empty_like(operand), torch.empty_like(operand_scale)
     nothing = x  # stands for tensors that are not read
-    programs = tokens * plan.parts if plan.ranks else min(tokens, _sms(x) * max(1, 32 // plan.warps))
+    sms = _gpu(x.device.index).multi_processor_count if x.is_cuda else 16
+    programs = tokens * plan.parts if plan.ranks else min(tokens, sms * max(1, 32 // plan.warps))
     _rows[(programs,)](
         x, nothing if other is None else other, nothing if gain is None else gain.contiguous(),
         nothing if input_scale is None else input_scale.contiguous(),
@@ -347,21 +369,29 @@ def _run(
         num_warps=plan.warps,
     )  # fmt: skip
     if apart:
-        _run_low_rank(q8, q8_scale, down, down_scale, t)
+        _run_low_rank(q8, q8_scale, down, down_scale, t, sms)
 
 
-def _sms(x: torch.Tensor) -> int:
-    return _gpu(x.device.index).multi_processor_count if x.is_cuda else 2
+def choose_splits(tiles: int, steps: int, sms: int) -> int:
+    """Programs that share a tile of ``_low_rank``: four on each SM, and no fewer than 4 steps of K each."""
+    return max(1, min(4 * sms // tiles, steps // 4, 16))
 
 
-def _run_low_rank(x, x_scale, down, down_scale, t) -> None:
+def _run_low_rank(x, x_scale, down, down_scale, t, sms) -> None:
     tokens, k, rank = x.numel() // x.shape[-1], x.shape[-1], down.shape[0]
     group = k // down_scale.shape[1]
     wide = x.dtype == torch.float32  # no tensor core
     step = min(32 if wide else 128, group & -group)
     tile = 16 if wide or tokens < 4096 else 32 if tokens < 8192 else 64
-    _low_rank[(-(-tokens // tile),)](
-        x, x_scale, down, down_scale, t, tokens, k, rank, 1 / 16,  # int8 weights enter the dot as 16 * q
-        GROUP=group, BM=tile, BK=step, RP=max(32, triton.next_power_of_2(rank)),
+    tiles, padded = -(-tokens // tile), max(32, triton.next_power_of_2(rank))
+    splits = choose_splits(tiles, k // step, sms)
+    partials = counters = t  # not read when splits is 1
+    if splits > 1:
+        partials = torch.empty(tiles * splits * padded * tile, dtype=torch.float32, device=x.device)
+        counters = split_counters(x.device, tiles)
+    _low_rank[(tiles * splits,)](
+        x, x_scale, down, down_scale, t, partials, counters, tokens, k, rank,
+        1 / 16,  # int8 weights enter the dot as 16 * q
+        GROUP=group, BM=tile, BK=step, RP=padded, S=splits,
         INT=x.dtype == torch.int8, FORM=_form(x.dtype), INTERPRET=INTERPRET, num_warps=4, num_stages=4,
     )  # fmt: skip
