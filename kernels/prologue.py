@@ -3,7 +3,7 @@
 ``_rows`` holds one token on chip from load to store. Few tokens: P programs share a token; each repeats its (cheap)
 norm and quantization, computes R / P values of t, and the first stores the rest. So there is one launch, nothing
 waits for another program, and the order of every sum is fixed. Many tokens: one program each, without t, and
-``_low_rank`` multiplies the stored operand with ``down`` on tensor cores.
+``low_rank`` multiplies the stored operand with ``down`` on tensor cores.
 """
 
 import contextlib
@@ -13,17 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
+from tqcompile.kernels.low_rank import run_low_rank
 from tqcompile.kernels.quantize_activation import ROTATION_BLOCKS
-from tqcompile.kernels.split_counters import split_counters
 from tqcompile.kernels.twin_linear import (
     INTERPRET,
     MAX_RANK,
-    _form,
     _gpu,
     _group_reason,
-    _nibbles,
     _round_to_4_bits,
-    _unpack,
     device_reason,
     round_to,
 )
@@ -53,7 +50,7 @@ def _norm(x, gain, K, eps, INTERPRET: tl.constexpr):
 def _gate(x, other, INTERPRET: tl.constexpr):
     """silu(x) * other in the dtype of x, rounded after each."""
     wide = x.to(tl.float32)
-    gate = round_to(tl.div_rn(wide, 1.0 + tl.exp(-wide)), x.dtype, INTERPRET).to(tl.float32)
+    gate = round_to(wide / (1.0 + tl.exp(-wide)), x.dtype, INTERPRET).to(tl.float32)
     return round_to(gate * other.to(tl.float32), x.dtype, INTERPRET)
 
 
@@ -128,8 +125,9 @@ def _token(
     else:
         top = tl.max(tl.max(tl.abs(v), axis=1), axis=0)
         scale = tl.div_rn(tl.maximum(top, 1e-30), 127.0)
-        # Adding and taking away 1.5 * 2**23 rounds to integers, ties to even.
-        q = (tl.div_rn(v, scale) + 12582912.0) - 12582912.0
+        # One division a token, not one a value: off by an ulp, as a sum in another order is. Adding and taking away
+        # 1.5 * 2**23 rounds to integers, ties to even.
+        q = (v * tl.div_rn(1.0, scale) + 12582912.0) - 12582912.0
         q = tl.minimum(tl.maximum(q, -127.0), 127.0).to(tl.int32)
         even, odd = tl.split(q.reshape(ROWS, half, 2))
         planes, store = token * K + pair, (2 * pair < K) & first
@@ -148,7 +146,7 @@ def _token(
 def _rows(
     x, other, gain, input_scale, rotation, down, down_scale, operand, operand_scale, q8, q8_scale, t, h,
     T, K, R, x_stride, other_stride, eps, act_ratio,
-    P: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+    P: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, EXACT: tl.constexpr, BITS: tl.constexpr, KEEP8: tl.constexpr,
     KIND: tl.constexpr, HAS_OTHER: tl.constexpr, SCALE: tl.constexpr, ROTATE: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -187,7 +185,7 @@ def _rows(
         if ROTATE:
             turn = tl.load(rotation + tl.arange(0, COLS)[:, None] * COLS + tl.arange(0, COLS)[None, :])
         start = tl.program_id(0).to(tl.int64)
-        for i in tl.range(0, tl.cdiv(T - tl.program_id(0), tl.num_programs(0)), num_stages=1):
+        for i in tl.range(0, tl.cdiv(T - tl.program_id(0), tl.num_programs(0)), num_stages=STAGES):
             token = start + i * tl.num_programs(0)
             _token(
                 token, token >= 0, x, other, gain, input_scale, turn, operand, operand_scale,
@@ -196,66 +194,9 @@ def _rows(
             )  # fmt: skip
 
 
-@triton.jit
-def _store_t(acc, x_scale, t, m, r, T, R, factor, INT: tl.constexpr, INTERPRET: tl.constexpr):
-    if INT:
-        acc *= (tl.load(x_scale + m, mask=m < T, other=0.0) * factor)[None, :]
-    live = (m < T)[None, :] & (r < R)[:, None]
-    tl.store(t + m.to(tl.int64)[None, :] * R + r[:, None], round_to(acc, t.dtype.element_ty, INTERPRET), mask=live)
-
-
-@triton.jit(do_not_specialize=["T"])
-def _low_rank(
-    x, x_scale, down, down_scale, t, partials, counters, T, K, R, factor,
-    GROUP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr, S: tl.constexpr,
-    INT: tl.constexpr, FORM: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """t (T, R) of operands x (T, K), int8 in plane order or floating in natural order. Transposed: t^T = D x^T.
-    S programs share a tile of BM tokens; the last to arrive adds their partials in order, as in ``twin_linear``."""
-    tile, split = tl.program_id(0) // S, tl.program_id(0) % S
-    m = tile * BM + tl.arange(0, BM)
-    r, byte = tl.arange(0, RP), tl.arange(0, BK // 2)
-    m_live, r_live = m < T, r < R
-    x_row = x + m.to(tl.int64)[:, None] * K
-    d_at = down + r[:, None] * (K // 2) + byte[None, :]
-    ds_at = down_scale + r * (K // GROUP)
-    acc = tl.zeros((RP, BM), tl.float32)
-    steps = K // BK
-    for step in tl.range(steps * split // S, steps * (split + 1) // S):
-        d = tl.load(d_at + step * (BK // 2), mask=r_live[:, None], other=0)
-        ds = tl.load(ds_at + step * BK // GROUP, mask=r_live, other=0.0).to(tl.float32)
-        if INT:
-            even_at = x_row + step * (BK // 2) + byte[None, :]
-            even = tl.load(even_at, mask=m_live[:, None], other=0)
-            odd = tl.load(even_at + K // 2, mask=m_live[:, None], other=0)
-            low, high = _nibbles(d.to(tl.int8, bitcast=True), FORM)
-            part = tl.dot(low, even.T, out_dtype=tl.int32)
-            part = tl.dot(high, odd.T, acc=part, out_dtype=tl.int32).to(tl.float32)
-        else:
-            v = tl.load(x_row + step * BK + tl.arange(0, BK)[None, :], mask=m_live[:, None], other=0.0)
-            if INTERPRET:
-                v = v.to(tl.float32)  # the interpreter's bf16 dot is wrong
-            part = tl.dot(_unpack(d, FORM), v.T, input_precision="ieee")
-        acc += part * ds[:, None]
-    if S == 1:
-        _store_t(acc, x_scale, t, m, r, T, R, factor, INT, INTERPRET)
-    else:
-        block: tl.constexpr = RP * BM
-        at = partials + tile * S * block + (r[:, None] * BM + tl.arange(0, BM)[None, :])
-        tl.store(at + split * block, acc)
-        if not INTERPRET:
-            tl.debug_barrier()  # every thread's stores come before the one thread's release
-        if tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == S - 1:
-            acc = tl.zeros((RP, BM), tl.float32)
-            for i in tl.range(0, S, num_stages=1):
-                # .cg: from L2, where the other programs' stores are, never from this SM's L1.
-                acc += tl.load(at + i * block, cache_modifier=".cg")
-            _store_t(acc, x_scale, t, m, r, T, R, factor, INT, INTERPRET)
-            tl.store(counters + tile, 0)  # clean for the next launch and for graph replay
-
-
 class Plan(NamedTuple):
-    """How a launch is cut. ``parts`` programs a token, ``ranks`` values of t each (0: t in a launch of its own)."""
+    """How a launch is cut. ``parts`` programs a token, ``ranks`` values of t each (0: t in a launch of its own, and
+    here ``per_sm`` programs an SM, each of which asks for the next tokens ``stages`` - 1 ahead)."""
 
     parts: int
     ranks: int
@@ -263,6 +204,8 @@ class Plan(NamedTuple):
     rows: int
     columns: int
     warps: int
+    stages: int = 1
+    per_sm: int = 3
 
 
 def choose_plan(t: int, k: int, rank: int, group: int, block: int) -> Plan:
@@ -272,7 +215,9 @@ def choose_plan(t: int, k: int, rank: int, group: int, block: int) -> Plan:
     rows = max(16, triton.next_power_of_2(-(-k // columns)))  # 16 rows are the smallest matrix of a dot
     warps = 4 if rows * columns <= 2048 else 8 if rows * columns <= 8192 else 16
     if rank == 0 or (t > _MOST_ROWS and group % 64 == 0):
-        return Plan(1, 0, 1, rows, columns, warps)
+        # A wide row leaves room for one program on an SM: it has to hide its own latency.
+        stages, per_sm = (3, 1) if rows * columns == 16384 else (1, 1) if warps == 16 else (1, 24 // warps)
+        return Plan(1, 0, 1, rows, columns, warps, stages, per_sm)
     padded = triton.next_power_of_2(rank)
     ranks = max(padded * t // _ROW_PROGRAMS, 1 if rows * columns > 8192 else 2)
     ranks = min(triton.next_power_of_2(ranks), padded)
@@ -353,8 +298,11 @@ def _run(
     if apart and act_bits == 4:
         q8, q8_scale = torch.empty_like(operand), torch.empty_like(operand_scale)
     nothing = x  # stands for tensors that are not read
-    sms = _gpu(x.device.index).multi_processor_count if x.is_cuda else 16
-    programs = tokens * plan.parts if plan.ranks else min(tokens, sms * max(1, 32 // plan.warps))
+    sms, large = 16, True
+    if x.is_cuda:
+        gpu = _gpu(x.device.index)
+        sms, large = gpu.multi_processor_count, gpu.shared_memory_per_block_optin >= 227 << 10
+    programs = tokens * plan.parts if plan.ranks else min(tokens, sms * plan.per_sm)
     _rows[(programs,)](
         x, nothing if other is None else other, nothing if gain is None else gain.contiguous(),
         nothing if input_scale is None else input_scale.contiguous(),
@@ -362,36 +310,11 @@ def _run(
         down if rank else nothing, down_scale if rank else nothing,
         operand, operand_scale, q8, q8_scale, t, h,
         tokens, k, rank, x.stride(0), 0 if other is None else other.stride(0), float(eps), float(act_ratio),
-        P=plan.parts, RP=plan.ranks, STEP=plan.step, GROUP=group, ROWS=plan.rows, COLS=plan.columns,
-        EXACT=plan.rows * plan.columns == k,
+        P=plan.parts, RP=plan.ranks, STEP=plan.step, STAGES=plan.stages if large else 1, GROUP=group,
+        ROWS=plan.rows, COLS=plan.columns, EXACT=plan.rows * plan.columns == k,
         BITS=act_bits, KEEP8=apart, KIND=kind, HAS_OTHER=other is not None,
         SCALE=input_scale is not None, ROTATE=rotation is not None, INTERPRET=INTERPRET,
         num_warps=plan.warps,
     )  # fmt: skip
     if apart:
-        _run_low_rank(q8, q8_scale, down, down_scale, t, sms)
-
-
-def choose_splits(tiles: int, steps: int, sms: int) -> int:
-    """Programs that share a tile of ``_low_rank``: four on each SM, and no fewer than 4 steps of K each."""
-    return max(1, min(4 * sms // tiles, steps // 4, 16))
-
-
-def _run_low_rank(x, x_scale, down, down_scale, t, sms) -> None:
-    tokens, k, rank = x.numel() // x.shape[-1], x.shape[-1], down.shape[0]
-    group = k // down_scale.shape[1]
-    wide = x.dtype == torch.float32  # no tensor core
-    step = min(32 if wide else 128, group & -group)
-    tile = 16 if wide or tokens < 4096 else 32 if tokens < 8192 else 64
-    tiles, padded = -(-tokens // tile), max(32, triton.next_power_of_2(rank))
-    splits = choose_splits(tiles, k // step, sms)
-    partials = counters = t  # not read when splits is 1
-    if splits > 1:
-        partials = torch.empty(tiles * splits * padded * tile, dtype=torch.float32, device=x.device)
-        counters = split_counters(x.device, tiles)
-    _low_rank[(tiles * splits,)](
-        x, x_scale, down, down_scale, t, partials, counters, tokens, k, rank,
-        1 / 16,  # int8 weights enter the dot as 16 * q
-        GROUP=group, BM=tile, BK=step, RP=padded, S=splits,
-        INT=x.dtype == torch.int8, FORM=_form(x.dtype), INTERPRET=INTERPRET, num_warps=4, num_stages=4,
-    )  # fmt: skip
+        run_low_rank(q8, q8_scale, down, down_scale, t, sms)

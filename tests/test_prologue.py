@@ -101,7 +101,8 @@ def test_wrong_arguments_are_refused_while_tracing(change, message):
 
 
 pytest.importorskip("triton")
-from tqcompile.kernels import prologue as kernel  # noqa: E402  (only where Triton is)
+from tqcompile.kernels import low_rank  # noqa: E402  (only where Triton is)
+from tqcompile.kernels import prologue as kernel  # noqa: E402
 
 interpreted = pytest.mark.skipif(not kernel.INTERPRET, reason="a GPU is used: see tests/gpu")
 
@@ -183,8 +184,8 @@ def test_refusals_name_the_reason():
 def test_a_plan_fits_every_shape():
     for tiles in (1, 5, 128, 600):
         for steps in (1, 3, 32, 112):
-            assert 1 <= kernel.choose_splits(tiles, steps, 132) <= steps
-    assert kernel.choose_splits(8, 112, 132) * 8 >= 64  # 128 tokens of a down projection keep most of a GPU busy
+            assert 1 <= low_rank.choose_splits(tiles, steps, 132) <= steps
+    assert low_rank.choose_splits(8, 112, 132) * 8 >= 64  # 128 tokens of a down projection keep most of a GPU busy
     for t in (1, 2, 5, 16, 17, 64, 65, 512, 8192):
         for k, group in ((64, 32), (96, 96), (4096, 128), (14336, 128), (28672, 256)):
             for rank in (0, 2, 48, 64, 128):
