@@ -3,7 +3,7 @@
 ``_rows`` holds one token on chip from load to store. Few tokens: P programs share a token; each repeats its (cheap)
 norm and quantization, computes R / P values of t, and the first stores the rest. So there is one launch, nothing
 waits for another program, and the order of every sum is fixed. Many tokens: one program each, without t, and
-``_low_rank`` multiplies the stored operand with ``down`` on tensor cores.
+``low_rank`` multiplies the stored operand with ``down`` on tensor cores.
 """
 
 import contextlib
@@ -13,14 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
+from tqcompile.kernels.low_rank import run_low_rank
 from tqcompile.kernels.quantize_activation import ROTATION_BLOCKS
 from tqcompile.kernels.twin_linear import (
     INTERPRET,
     MAX_RANK,
-    _form,
     _gpu,
     _group_reason,
-    _nibbles,
     _round_to_4_bits,
     device_reason,
     round_to,
@@ -51,7 +50,7 @@ def _norm(x, gain, K, eps, INTERPRET: tl.constexpr):
 def _gate(x, other, INTERPRET: tl.constexpr):
     """silu(x) * other in the dtype of x, rounded after each."""
     wide = x.to(tl.float32)
-    gate = round_to(tl.div_rn(wide, 1.0 + tl.exp(-wide)), x.dtype, INTERPRET).to(tl.float32)
+    gate = round_to(wide / (1.0 + tl.exp(-wide)), x.dtype, INTERPRET).to(tl.float32)
     return round_to(gate * other.to(tl.float32), x.dtype, INTERPRET)
 
 
@@ -134,8 +133,9 @@ def _token(
     else:
         top = tl.max(tl.max(tl.abs(v), axis=1), axis=0)
         scale = tl.div_rn(tl.maximum(top, 1e-30), 127.0)
-        # Adding and taking away 1.5 * 2**23 rounds to integers, ties to even.
-        q = (tl.div_rn(v, scale) + 12582912.0) - 12582912.0
+        # One division a token, not one a value: off by an ulp, as a sum in another order is. Adding and taking away
+        # 1.5 * 2**23 rounds to integers, ties to even.
+        q = (v * tl.div_rn(1.0, scale) + 12582912.0) - 12582912.0
         q = tl.minimum(tl.maximum(q, -127.0), 127.0).to(tl.int32)
         even, odd = tl.split(q.reshape(ROWS, half, 2))
         planes, store = token * K + pair, (2 * pair < K) & first
@@ -154,7 +154,7 @@ def _token(
 def _rows(
     x, other, gain, input_scale, rotation, down, down_scale, operand, operand_scale, q8, q8_scale, t, h,
     T, K, R, x_stride, other_stride, eps, act_ratio,
-    P: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+    P: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, EXACT: tl.constexpr, BITS: tl.constexpr, KEEP8: tl.constexpr,
     KIND: tl.constexpr, HAS_OTHER: tl.constexpr, SCALE: tl.constexpr, ROTATE: tl.constexpr,
     INTERPRET: tl.constexpr, PDL: tl.constexpr,
@@ -200,7 +200,7 @@ def _rows(
         if PDL:
             tl.extra.cuda.gdc_wait()
         start = tl.program_id(0).to(tl.int64)
-        for i in tl.range(0, tl.cdiv(T - tl.program_id(0), tl.num_programs(0)), num_stages=1):
+        for i in tl.range(0, tl.cdiv(T - tl.program_id(0), tl.num_programs(0)), num_stages=STAGES):
             token = start + i * tl.num_programs(0)
             _token(
                 token, token >= 0, x, other, gain, input_scale, turn, operand, operand_scale,
@@ -209,48 +209,9 @@ def _rows(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T"])
-def _low_rank(
-    x, x_scale, down, down_scale, t, T, K, R, factor,
-    GROUP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr,
-    INT: tl.constexpr, FORM: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """t (T, R) of operands x (T, K), int8 or floating; both in plane order. Transposed: t^T = D x^T."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    r, byte = tl.arange(0, RP), tl.arange(0, BK // 2)
-    m_live, r_live = m < T, r < R
-    x_row = x + m.to(tl.int64)[:, None] * K
-    d_at = down + r[:, None] * (K // 2) + byte[None, :]
-    ds_at = down_scale + r * (K // GROUP)
-    acc = tl.zeros((RP, BM), tl.float32)
-    for step in tl.range(0, K // BK):
-        d = tl.load(d_at + step * (BK // 2), mask=r_live[:, None], other=0)
-        ds = tl.load(ds_at + step * BK // GROUP, mask=r_live, other=0.0).to(tl.float32)
-        even_at = x_row + step * (BK // 2) + byte[None, :]
-        even = tl.load(even_at, mask=m_live[:, None], other=0)
-        odd = tl.load(even_at + K // 2, mask=m_live[:, None], other=0)
-        if INTERPRET and not INT:
-            even, odd = even.to(tl.float32), odd.to(tl.float32)  # the interpreter's bf16 dot is wrong
-        low, high = _nibbles(d.to(tl.int8, bitcast=True), FORM)
-        if INT:
-            part = tl.dot(low, even.T, out_dtype=tl.int32)
-            part = tl.dot(high, odd.T, acc=part, out_dtype=tl.int32).to(tl.float32)
-        else:
-            part = tl.dot(low, even.T, input_precision="ieee")
-            part = tl.dot(high, odd.T, acc=part, input_precision="ieee")
-        acc += part * ds[:, None]
-    if INT:
-        acc *= (tl.load(x_scale + m, mask=m_live, other=0.0) * factor)[None, :]
-    live = m_live[None, :] & r_live[:, None]
-    at = t + m.to(tl.int64)[None, :] * R + _in_planes(r, R)[:, None]
-    tl.store(at, round_to(acc, t.dtype.element_ty, INTERPRET), mask=live)
-
-
 class Plan(NamedTuple):
-    """How a launch is cut. ``parts`` programs a token, ``ranks`` values of t each (0: t in a launch of its own)."""
+    """How a launch is cut. ``parts`` programs a token, ``ranks`` values of t each (0: t in a launch of its own, and
+    here ``per_sm`` programs an SM, each of which asks for the next tokens ``stages`` - 1 ahead)."""
 
     parts: int
     ranks: int
@@ -258,6 +219,8 @@ class Plan(NamedTuple):
     rows: int
     columns: int
     warps: int
+    stages: int = 1
+    per_sm: int = 3
 
 
 def choose_plan(t: int, k: int, rank: int, group: int, block: int) -> Plan:
@@ -267,7 +230,9 @@ def choose_plan(t: int, k: int, rank: int, group: int, block: int) -> Plan:
     rows = max(16, triton.next_power_of_2(-(-k // columns)))  # 16 rows are the smallest matrix of a dot
     warps = 4 if rows * columns <= 2048 else 8 if rows * columns <= 8192 else 16
     if rank == 0 or (t > _MOST_ROWS and group % 64 == 0):
-        return Plan(1, 0, 1, rows, columns, warps)
+        # A wide row leaves room for one program on an SM: it has to hide its own latency.
+        stages, per_sm = (3, 1) if rows * columns == 16384 else (1, 1) if warps == 16 else (1, 24 // warps)
+        return Plan(1, 0, 1, rows, columns, warps, stages, per_sm)
     padded = triton.next_power_of_2(rank)
     ranks = max(padded * t // _ROW_PROGRAMS, 1 if rows * columns > 8192 else 2)
     ranks = min(triton.next_power_of_2(ranks), padded)
@@ -281,23 +246,21 @@ def unsupported(x, other, gain, input_scale, rotation, down, down_scale, kind, e
     reason = device_reason(x.device)
     if reason:
         return reason
-    tensors = (other, gain, input_scale, rotation, down, down_scale)
-    if any(a is not None and a.device != x.device for a in tensors):
+    if any(a is not None and a.device != x.device for a in (other, gain, input_scale, rotation, down, down_scale)):
         return "all tensors must be on one device"
     if x.dtype not in _FLOATS or x.dim() == 0:
         return f"x must be float32, float16 or bfloat16 with a last dimension, got {x.dtype}"
     k = x.shape[-1]
     if k == 0 or k % 2 or k > MAX_K:
         return f"K must be even and at most {MAX_K}, got {k}"
-    if any(a is not None and a.dtype != x.dtype for a in (other, gain)):
-        return "other and gain must have the dtype of x"
-    if (gain is not None and gain.shape != (k,)) or (other is not None and other.shape != x.shape):
-        return f"gain must be ({k},) and other of the shape of x"
+    for name, value, shape in (("other", other, x.shape), ("gain", gain, (k,))):
+        if value is not None and (value.dtype != x.dtype or value.shape != shape):
+            return f"{name} must be {tuple(shape)} of the dtype of x, got {value.dtype} {tuple(value.shape)}"
     if input_scale is not None and (input_scale.shape != (k,) or input_scale.dtype not in _FLOATS):
         return f"input_scale must be ({k},) floating point, got {tuple(input_scale.shape)}"
     if rotation is not None:
-        b = rotation.shape[0] if rotation.dim() == 2 and rotation.shape[0] == rotation.shape[1] else 0
-        if b not in ROTATION_BLOCKS or k % b or not rotation.is_floating_point():
+        b = rotation.shape[0]
+        if b not in ROTATION_BLOCKS or k % b or rotation.shape != (b, b) or not rotation.is_floating_point():
             return f"rotation must be (b, b), b in {ROTATION_BLOCKS} dividing K={k}, got {tuple(rotation.shape)}"
         if x.dtype == torch.float32:
             return "a float32 rotation does not run on tensor cores"
@@ -353,7 +316,11 @@ def _run(
     dependent = x.is_cuda and _gpu(x.device.index).major >= 9
     launch_options = {"launch_pdl": True} if dependent else {}
     nothing = x  # stands for tensors that are not read
-    programs = tokens * plan.parts if plan.ranks else min(tokens, _sms(x) * max(1, 32 // plan.warps))
+    sms, large = 16, True
+    if x.is_cuda:
+        gpu = _gpu(x.device.index)
+        sms, large = gpu.multi_processor_count, gpu.shared_memory_per_block_optin >= 227 << 10
+    programs = tokens * plan.parts if plan.ranks else min(tokens, sms * plan.per_sm)
     _rows[(programs,)](
         x, nothing if other is None else other, nothing if gain is None else gain.contiguous(),
         nothing if input_scale is None else input_scale.contiguous(),
@@ -361,29 +328,11 @@ def _run(
         down if rank else nothing, down_scale if rank else nothing,
         operand, operand_scale, q8, q8_scale, t, h,
         tokens, k, rank, x.stride(0), 0 if other is None else other.stride(0), float(eps), float(act_ratio),
-        P=plan.parts, RP=plan.ranks, STEP=plan.step, GROUP=group, ROWS=plan.rows, COLS=plan.columns,
-        EXACT=plan.rows * plan.columns == k,
+        P=plan.parts, RP=plan.ranks, STEP=plan.step, STAGES=plan.stages if large else 1, GROUP=group,
+        ROWS=plan.rows, COLS=plan.columns, EXACT=plan.rows * plan.columns == k,
         BITS=act_bits, KEEP8=apart, KIND=kind, HAS_OTHER=other is not None,
         SCALE=input_scale is not None, ROTATE=rotation is not None, INTERPRET=INTERPRET, PDL=dependent,
         num_warps=plan.warps, **launch_options,
     )  # fmt: skip
     if apart:
-        _run_low_rank(q8, q8_scale, down, down_scale, t, dependent)
-
-
-def _sms(x: torch.Tensor) -> int:
-    return _gpu(x.device.index).multi_processor_count if x.is_cuda else 2
-
-
-def _run_low_rank(x, x_scale, down, down_scale, t, dependent: bool) -> None:
-    tokens, k, rank = x.numel() // x.shape[-1], x.shape[-1], down.shape[0]
-    group = k // down_scale.shape[1]
-    wide = x.dtype == torch.float32  # no tensor core
-    step = min(32 if wide else 128, group & -group)
-    tile = 16 if wide or tokens < 4096 else 32 if tokens < 8192 else 64
-    _low_rank[(-(-tokens // tile),)](
-        x, x_scale, down, down_scale, t, tokens, k, rank, 1 / 16,  # int8 weights enter the dot as 16 * q
-        GROUP=group, BM=tile, BK=step, RP=max(32, triton.next_power_of_2(rank)),
-        INT=x.dtype == torch.int8, FORM=_form(x.dtype), INTERPRET=INTERPRET, PDL=dependent,
-        num_warps=4, num_stages=4, **({"launch_pdl": True} if dependent else {}),
-    )  # fmt: skip
+        run_low_rank(q8, q8_scale, down, down_scale, t, sms, dependent)
