@@ -16,12 +16,15 @@ class Absorber:
     repeat: query heads per key/value head (1 unless kind is "attn_v"): the scale must be equal over the
         repeated heads.
     head_dim: channels per head (0 unless kind is "attn_v").
+    unrotatable: why a rotation of each head's channels cannot be absorbed although a scale can ("" if it can;
+        only for kind "attn_v").
     """
 
     kind: str
     module: str
     repeat: int = 1
     head_dim: int = 0
+    unrotatable: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,8 @@ class Journal:
         self._model = model
         self._modules: list[tuple[str, nn.Module]] = []
         self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._parameters: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._settings: list[tuple[object, str, object]] = []
         self._training = {module: module.training for module in model.modules()}
 
     def replace(self, name: str, module: nn.Module) -> None:
@@ -26,13 +28,39 @@ class Journal:
         for parameter in module.parameters(recurse=False):
             self._tensors.append((parameter, parameter.detach().clone()))
 
+    def set_parameter(self, name: str, value: torch.Tensor) -> None:
+        """Put a new Parameter with the data ``value`` in the place of ``name``, under all of its names.
+
+        The old one is kept as it is, so nothing is copied: until the journal is dropped both are in memory.
+        """
+        old = self._model.get_parameter(name)
+        new = nn.Parameter(value.detach(), requires_grad=old.requires_grad)
+        for module in self._model.modules():
+            for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                if parameter is old:
+                    self.assign_parameter(module, leaf, new)
+
+    def assign_parameter(self, module: nn.Module, leaf: str, parameter: nn.Parameter) -> None:
+        """Replace one parameter of one module, which unties it from others."""
+        self._parameters.append((module, leaf, getattr(module, leaf)))
+        setattr(module, leaf, parameter)
+
+    def set_attribute(self, owner: object, name: str, value: object) -> None:
+        """Change a setting, such as one of the model's config."""
+        self._settings.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
     def restore(self) -> None:
         """Put everything back, newest first."""
         with torch.no_grad():
             for name, module in reversed(self._modules):
                 self._set(name, module)
+            for module, leaf, parameter in reversed(self._parameters):
+                setattr(module, leaf, parameter)
             for parameter, copy in reversed(self._tensors):
                 parameter.copy_(copy)
+        for owner, name, value in reversed(self._settings):
+            setattr(owner, name, value)
         for module, mode in self._training.items():
             module.training = mode
 
