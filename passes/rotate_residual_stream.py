@@ -26,6 +26,10 @@ from tqcompile.passes.replace_linear import Journal
 TIED_HEADS = ("insert", "untie")
 
 
+class RotatedNorm(nn.Sequential):
+    """A norm, and the matrix that follows it since the residual stream was rotated under a tied head."""
+
+
 def rotate_residual_stream(
     model: nn.Module, stream: ResidualStream, rotation: torch.Tensor, journal: Journal, tied_head: str = "insert"
 ) -> tuple[str, ...]:
@@ -73,7 +77,7 @@ def rotate_residual_stream(
 
 
 def insert_after_norm(model: nn.Module, norm: str, journal: Journal) -> nn.Linear:
-    """Let a square linear without bias follow a norm: ``norm`` becomes Sequential(norm, linear).
+    """Let a square linear without bias follow a norm: ``norm`` becomes RotatedNorm(norm, linear).
 
     The matrix is not initialised. A checkpoint of a model that was rotated with "insert" needs this structure to load.
     """
@@ -81,8 +85,13 @@ def insert_after_norm(model: nn.Module, norm: str, journal: Journal) -> nn.Linea
     size = weight.shape[0]
     linear = nn.utils.skip_init(nn.Linear, size, size, bias=False, device=weight.device, dtype=weight.dtype)
     linear.requires_grad_(weight.requires_grad)
-    journal.replace(norm, nn.Sequential(module, linear).train(module.training))
+    journal.replace(norm, RotatedNorm(module, linear).train(module.training))
     return linear
+
+
+def rotated_norms(model: nn.Module) -> list[str]:
+    """Names of the norms that a matrix follows: what a checkpoint has to say about a rotated model."""
+    return [name for name, module in model.named_modules() if isinstance(module, RotatedNorm)]
 
 
 def _replace(model: nn.Module, journal: Journal, name: str, rotate: Callable, blocks: torch.Tensor) -> None:

@@ -1,18 +1,33 @@
 """A rotation of the residual stream is folded into the weights and leaves the model's function as it was."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from test_find_residual_stream import ACCEPTED, IDS, only
-from tiny_models import as_bfloat16, assert_unchanged, in_float64, logits, random_orthogonal, snapshot, tiny, tokens
+from tiny_models import (
+    SETTINGS,
+    as_bfloat16,
+    assert_unchanged,
+    in_float64,
+    logits,
+    random_orthogonal,
+    snapshot,
+    tiny,
+    tokens,
+)
 
+import tqcompile
+from tqcompile.checkpoint import quantization_config
 from tqcompile.config import Config
-from tqcompile.errors import ConfigError, ModelError
+from tqcompile.errors import CheckpointError, ConfigError, ModelError
 from tqcompile.methods.hadamard import hadamard_matrix, random_signs, signed_hadamard
 from tqcompile.passes.absorb_head_rotation import absorb_head_rotation, refuse_head_rotation
 from tqcompile.passes.absorb_scale import absorb_into_norm, producer_channel, producer_scale
 from tqcompile.passes.analyze import analyze
 from tqcompile.passes.replace_linear import Journal
-from tqcompile.passes.rotate_residual_stream import insert_after_norm, rotate_residual_stream
+from tqcompile.passes.rotate_residual_stream import insert_after_norm, rotate_residual_stream, rotated_norms
 
 SMALL = Config(group_size=32, rank=8)
 # Biases of writers in Qwen3 (o_proj) and Llama (o_proj and down_proj), of readers in Qwen2 too.
@@ -197,6 +212,50 @@ def test_the_inserted_structure_takes_a_saved_state():
     assert torch.equal(torch.get_rng_state(), random)
     other.load_state_dict(model.state_dict())
     assert torch.equal(logits(other), logits(model))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A quantized model with a matrix behind its final norm, and the folder that it was saved to."""
+    model = tiny("Qwen3", tie_word_embeddings=True)
+    plan = analyze(model, IDS, SMALL)
+    rotate_residual_stream(model, plan.stream, sylvester(128), Journal(model))
+    assert rotated_norms(model) == ["model.norm"]
+    tqcompile.compile(model, tokens(), scheme="twin-w4a8", **{**SETTINGS, "ignore": ("lm_head", "model.norm")})
+    specs = model.tqcompile_quantization["modules"]
+    found = quantization_config(SMALL, specs, rotated_norms(model))
+    model.tqcompile_quantization.update(found)
+    folder = tmp_path_factory.mktemp("rotated") / "model"
+    tqcompile.save(model, folder)
+    return model, folder
+
+
+def test_a_checkpoint_keeps_the_inserted_matrix(saved):
+    model, folder = saved
+    again = tqcompile.load(folder)
+    assert torch.equal(logits(again), logits(model))
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    tqcompile.save(again, folder.with_name("again"))
+    assert torch.equal(logits(tqcompile.load(folder.with_name("again"))), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ("model.norm", "must be a list of module names, got 'model.norm'"),
+        ([7], "must be a list of module names"),
+        (["model.nrm"], "model.nrm: no norm of that name"),
+        (["model.embed_tokens"], "model.embed_tokens: no norm of that name"),
+        (["model.layers.0.input_layernorm"], r"input_layernorm.1.weight must be \[128, 128\], .* holds None"),
+    ],
+)
+def test_a_checkpoint_that_describes_other_norms(saved, tmp_path, entry, reason):
+    folder = shutil.copytree(saved[1], tmp_path / "altered")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"]["rotated_norms"] = entry
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=reason):
+        tqcompile.load(folder)
 
 
 def test_generation_is_unchanged():
