@@ -65,7 +65,7 @@ class _Walk:
         tables = [node for node in self.gm.graph.nodes if _is_embedding(node)]
         if not tables:
             raise _Refused("no embedding starts a residual stream")
-        self.channels = sizes(tables[0])[-1]
+        self.channels = self.sizes(tables[0])[-1]
         for node in self.gm.graph.nodes:
             value = self.value(node)
             if value is not None:
@@ -79,8 +79,8 @@ class _Walk:
 
     def value(self, node: torch.fx.Node) -> _Value | None:
         """What ``node`` holds; None if nothing that the rotation changes."""
-        if _is_embedding(node) and sizes(node)[-1] == self.channels:
-            self.embeddings.append(self.own(node, node.args[0], "weight"))
+        if _is_embedding(node) and self.sizes(node)[-1] == self.channels:
+            self.embeddings.append(self.own(node, _arguments(node)[0], "weight"))
             return _Value("stream", node)
         if kind(node) == "silent" or not any(source in self.values for source in node.all_input_nodes):
             return None
@@ -116,11 +116,12 @@ class _Walk:
             return self.addition(node)
         if _is_scaling(node):
             return _Value("stream", node)
-        if node.target is _aten.pow.Tensor_Scalar and node.args[1] == 2:
+        if node.target is _aten.pow.Tensor_Scalar and _arguments(node)[1] == 2:
             return _Value("square", root)
-        if node.target is _aten.rms_norm.default and list(node.args[1]) == [self.channels]:
-            gain = node.args[2] if len(node.args) > 2 else None
-            return self.scaled(node, gain, root) if gain is not None else self.normed(root)
+        if node.target is _aten.rms_norm.default:
+            _, shape, gain, _ = _arguments(node)
+            if list(shape) == [self.channels]:
+                return self.normed(root) if gain is None else self.scaled(node, gain, root)
         return self.normalised(node, read)
 
     def normalised(self, node: torch.fx.Node, read: list[_Value]) -> _Value | None:
@@ -131,13 +132,14 @@ class _Walk:
         return None
 
     def read_statistic(self, node: torch.fx.Node, read: list[_Value]) -> _Value | None:
-        what, root, args = read[0].what, read[0].root, node.args
+        what, root = read[0].what, read[0].root
         if what == "rsqrt":
             return self.normalised(node, read)
-        if what == "square" and node.target is _aten.mean.dim and args[2:] == (True,):
-            last = len(sizes(root)) - 1
-            return _Value("mean", root) if list(args[1]) in ([-1], [last]) else None
-        if what == "mean" and node.target is _aten.add.Tensor and _is_number(args[1]):
+        if what == "square" and node.target is _aten.mean.dim:
+            _, dims, keep, _ = _arguments(node)
+            last = len(self.sizes(root)) - 1
+            return _Value("mean", root) if keep and list(dims or ()) in ([-1], [last]) else None
+        if what == "mean" and node.target is _aten.add.Tensor and _is_number(_arguments(node)[1]):
             return _Value("shifted", root)
         if what == "shifted" and node.target is _aten.rsqrt.default:
             return _Value("rsqrt", root)
@@ -156,7 +158,7 @@ class _Walk:
         if is_linear(node):
             return self.consumer(node, "")
         others = [n for n in node.all_input_nodes if n not in self.values]
-        plain = len(others) == 1 and self.parameter(others[0]) is not None and sizes(others[0]) == (self.channels,)
+        plain = len(others) == 1 and self.parameter(others[0]) is not None and self.sizes(others[0]) == (self.channels,)
         return self.scaled(node, others[0], read[0].root) if plain and node.target is _aten.mul.Tensor else None
 
     def read_scaled(self, node: torch.fx.Node, read: list[_Value]) -> None:
@@ -164,30 +166,32 @@ class _Walk:
             self.consumer(node, read[0].norm)
 
     def consumer(self, node: torch.fx.Node, norm: str) -> None:
-        if any(source in self.values for source in node.args[1:]):
+        _, weight, bias = _arguments(node)
+        if weight in self.values or bias in self.values:
             raise _Refused(f"{describe(self.graph, node)} has the residual stream for a weight")
-        self.norms[norm].append(self.own(node, node.args[1], "weight"))
+        self.norms[norm].append(self.own(node, weight, "weight"))
 
     def addition(self, node: torch.fx.Node) -> _Value:
         """stream + linear, stream + stream, or stream + (linear + linear)."""
-        if node.kwargs.get("alpha", 1) != 1:
+        *operands, multiple = _arguments(node)
+        if multiple != 1:
             raise _Refused(f"{describe(self.graph, node)} adds a multiple to the residual stream")
-        for operand in node.args[:2]:
-            if operand in self.values:
-                if self.values[operand].what != "stream":
-                    raise _Refused(f"{describe(self.graph, node)} adds what an RMSNorm made to the residual stream")
-            elif not isinstance(operand, torch.fx.Node) or sizes(operand)[-1:] != (self.channels,):
-                raise _Refused(f"{describe(self.graph, node)} adds a number to every channel of the residual stream")
-            else:
+        for operand in operands:
+            if not self.is_wide(operand):
+                raise _Refused(f"{describe(self.graph, node)} adds one number to all channels of the residual stream")
+            if operand not in self.values:
                 self.write(operand)
+            elif self.values[operand].what != "stream":
+                raise _Refused(f"{describe(self.graph, node)} adds what an RMSNorm made to the residual stream")
         return _Value("stream", node)
 
     def write(self, node: torch.fx.Node) -> None:
         """Prove that a node added to the stream is the output of linears, or a sum of such."""
         if is_linear(node):
-            self.producers.append(self.own(node, node.args[1], "weight"))
-            if len(node.args) > 2 and node.args[2] is not None:
-                self.own(node, node.args[2], "bias")
+            _, weight, bias = _arguments(node)
+            self.producers.append(self.own(node, weight, "weight"))
+            if bias is not None:
+                self.own(node, bias, "bias")
         elif node in self.values or not self.leads_to_linears(node):
             what = describe(self.graph, node)
             raise _Refused(f"the residual stream is also written by {what}, which is neither a linear nor an embedding")
@@ -198,22 +202,31 @@ class _Walk:
             self.require_channels(node)
         if kind(node) in ("same", "shape") or _is_scaling(node):
             self.write(node.args[0])
-        elif node.target is _aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
-            operands = node.args[:2]
-            if not all(isinstance(n, torch.fx.Node) and sizes(n)[-1:] == (self.channels,) for n in operands):
-                return False
-            for operand in operands:
-                self.write(operand)
-        else:
+            return True
+        if node.target is not _aten.add.Tensor:
             return False
+        *operands, multiple = _arguments(node)
+        if multiple != 1 or not all(self.is_wide(operand) for operand in operands):
+            return False
+        for operand in operands:
+            self.write(operand)
         return True
 
-    def require_channels(self, node: torch.fx.Node) -> None:
-        source = node.args[0]
-        if sizes(source) is None or sizes(node) is None:
+    def is_wide(self, value) -> bool:
+        """Whether ``value`` holds something else for every channel."""
+        return isinstance(value, torch.fx.Node) and self.sizes(value)[-1:] == (self.channels,)
+
+    def sizes(self, node: torch.fx.Node) -> tuple[int, ...]:
+        found = sizes(node)
+        if found is None:
             raise _Refused(f"the shape of {describe(self.graph, node)} depends on data")
-        channels = torch.arange(sizes(source)[-1])
-        after = move(channels.expand(sizes(source)), [node])
+        return found
+
+    def require_channels(self, node: torch.fx.Node) -> None:
+        shape = self.sizes(node.args[0])
+        self.sizes(node)
+        channels = torch.arange(shape[-1])
+        after = move(channels.expand(shape), [node])
         if after.shape[-1:] != channels.shape or not torch.equal(after, channels.expand_as(after)):
             raise _Refused(f"{describe(self.graph, node)} moves channels of the residual stream")
 
@@ -289,7 +302,13 @@ def _is_embedding(node: torch.fx.Node) -> bool:
 
 
 def _is_scaling(node: torch.fx.Node) -> bool:
-    return node.target in (_aten.mul.Tensor, _aten.div.Tensor) and _is_number(node.args[1])
+    return node.target in (_aten.mul.Tensor, _aten.div.Tensor) and _is_number(_arguments(node)[1])
+
+
+def _arguments(node: torch.fx.Node) -> list:
+    """All arguments of an aten op in the order of its schema, however they were passed."""
+    schema = node.target._schema.arguments
+    return [*node.args, *(node.kwargs.get(a.name, a.default_value) for a in schema[len(node.args) :])]
 
 
 def _is_number(value) -> bool:

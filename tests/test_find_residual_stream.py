@@ -120,7 +120,7 @@ class Net(nn.Module):
         self.table, self.places = nn.Embedding(97, 32), nn.Embedding(8, 32)
         self.first, self.last, self.plain = nn.RMSNorm(32), nn.RMSNorm(32), nn.RMSNorm(32, elementwise_affine=False)
         self.a, self.b, self.up = nn.Linear(32, 32), nn.Linear(32, 32, bias=False), nn.Linear(32, 48)
-        self.down, self.head = nn.Linear(48, 32), nn.Linear(32, 97)
+        self.down, self.head, self.thin = nn.Linear(48, 32), nn.Linear(32, 97), nn.Linear(32, 1)
         self.gain = nn.Parameter(torch.rand(32) + 0.5)
         self.body = forward
         with torch.no_grad():
@@ -136,7 +136,7 @@ def only(*names):
 
     def make(forward):
         net = Net(forward)
-        for name in ("places", "first", "last", "a", "b", "up", "down", "head", "gain"):
+        for name in ("places", "first", "last", "a", "b", "up", "down", "head", "thin", "gain"):
             if name not in names:
                 delattr(net, name)
         return net
@@ -163,6 +163,11 @@ ACCEPTED = {
         ("places", "last", "head"),
         lambda m, x: m.head(m.last(x + m.places(torch.arange(x.shape[1])))),
         ResidualStream(32, ("table", "places"), (StreamNorm("last", ("head",)),), ()),
+    ),
+    "arguments by name": (
+        ("first", "a", "last", "head"),
+        lambda m, x: m.head(m.last(torch.add(input=m.a(m.first(x)), other=x))),
+        ResidualStream(32, ("table",), (StreamNorm("first", ("a",)), StreamNorm("last", ("head",))), ("a",)),
     ),
     "no gain": (
         ("up",),
@@ -231,7 +236,7 @@ REFUSED = {
         lambda m, x: m.head(m.last(x + rms(m.a(m.first(x))))),
         "also written by mul",
     ),
-    "a number is added": (("last", "head"), lambda m, x: m.head(m.last(x + 1.0)), "adds a number"),
+    "a number is added": (("last", "head"), lambda m, x: m.head(m.last(x + 1.0)), "adds one number"),
     "a parameter is added": (("last", "head", "gain"), lambda m, x: m.head(m.last(x + m.gain)), "written by gain"),
     "a multiple is added": (
         ("first", "a", "last", "head"),
@@ -249,6 +254,16 @@ REFUSED = {
         ("head",),
         lambda m, x: m.head(x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6)),
         "mean .* reads the residual",
+    ),
+    "a mean over everything": (
+        ("head",),
+        lambda m, x: m.head(x * torch.rsqrt(torch.mean(x.pow(2), None, True) + 1e-6)),
+        "mean .* reads the residual",
+    ),
+    "a column is added": (
+        ("first", "last", "head", "thin"),
+        lambda m, x: m.head(m.last(x + m.thin(m.first(x)))),
+        "adds one number to all channels",
     ),
     "a cube": (
         ("head",),
