@@ -30,7 +30,7 @@ from tqcompile.errors import ExportError
 from tqcompile.exporters.portable import lower
 from tqcompile.exporters.trace import decoder_program, plain_program, trace
 from tqcompile.exporters.verify import Verification, is_causal_lm, require, verify
-from tqcompile.modules import PackedWeight, Transform, TwinLinear
+from tqcompile.modules import Int8Linear, PackedWeight, Transform, TwinLinear
 from tqcompile.passes.capture import eval_mode
 
 OPSETS = range(21, 24)
@@ -97,6 +97,11 @@ def check_exportable(model: nn.Module) -> None:
             "for an unquantized model use torch.onnx.export."
         )
     for prefix, module in model.named_modules():
+        if isinstance(module, Int8Linear):
+            raise ExportError(
+                f"{prefix} has 8-bit weights (lm_head='w8a16'), for which there is no portable op yet. Quantize with "
+                "lm_head='w4a16' or 'keep' to export."
+            )
         ours = set(module._buffers) if isinstance(module, PackedWeight | Transform) else set()
         ours |= {"down", "up", "bias"} if isinstance(module, TwinLinear) else set()
         for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:

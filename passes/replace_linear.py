@@ -15,7 +15,7 @@ class Journal:
         self._modules: list[tuple[str, nn.Module]] = []
         self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._parameters: list[tuple[nn.Module, str, nn.Parameter]] = []
-        self._settings: list[tuple[object, str, object]] = []
+        self._attributes: list[tuple[object, str, object]] = []
         self._training = {module: module.training for module in model.modules()}
 
     def replace(self, name: str, module: nn.Module) -> None:
@@ -45,10 +45,9 @@ class Journal:
         self._parameters.append((module, leaf, getattr(module, leaf)))
         setattr(module, leaf, parameter)
 
-    def set_attribute(self, owner: object, name: str, value: object) -> None:
-        """Change a setting, such as one of the model's config."""
-        self._settings.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
+    def remember_attribute(self, owner: object, name: str) -> None:
+        """Keep the value of an attribute before it is set to another."""
+        self._attributes.append((owner, name, getattr(owner, name)))
 
     def restore(self) -> None:
         """Put everything back, newest first."""
@@ -59,7 +58,7 @@ class Journal:
                 setattr(module, leaf, parameter)
             for parameter, copy in reversed(self._tensors):
                 parameter.copy_(copy)
-        for owner, name, value in reversed(self._settings):
+        for owner, name, value in reversed(self._attributes):
             setattr(owner, name, value)
         for module, mode in self._training.items():
             module.training = mode

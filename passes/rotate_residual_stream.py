@@ -10,7 +10,7 @@ are passed in place of token ids, are those of the rotated model.
 
 A head whose weight is the embedding's reads E R too, but needs E diag(g) R. Two ways are exact:
   "insert"  the final norm is followed by the matrix R^T diag(g) R: n R . R^T diag(g) R . (E R)^T = n diag(g) E^T
-  "untie"   the head gets a weight of its own, and the config says so
+  "untie"   the head gets a weight of its own, and the config says so: the way to take when the head is quantized
 """
 
 from collections.abc import Callable
@@ -124,10 +124,12 @@ def _untie(model: nn.Module, stream: ResidualStream, journal: Journal) -> str:
     head = model.get_submodule(stream.tied_head)
     journal.assign_parameter(head, "weight", nn.Parameter(head.weight.detach(), head.weight.requires_grad))
     for config in _configs(model):
-        journal.set_attribute(config, "tie_word_embeddings", False)
+        journal.remember_attribute(config, "tie_word_embeddings")
+        config.tie_word_embeddings = False
     if getattr(model, "all_tied_weights_keys", None):  # what transformers leaves out of a checkpoint
         kept = {k: v for k, v in model.all_tied_weights_keys.items() if k != f"{stream.tied_head}.weight"}
-        journal.set_attribute(model, "all_tied_weights_keys", kept)
+        journal.remember_attribute(model, "all_tied_weights_keys")
+        model.all_tied_weights_keys = kept
     return (
         f"{stream.tied_head} was tied to {stream.embeddings[0]} and has its own weight now: "
         f"{_bytes(head.weight)} bytes more"

@@ -17,9 +17,9 @@ LAYERS = (
     ("errors", "config"),
     ("methods", "ops", "data", "progress", "evaluate"),
     ("passes", "kernels", "recipes"),
-    ("calibration", "modules", "reporting", "checkpoint"),
+    ("calibration", "modules", "reporting", "checkpoint", "output_head"),
     ("api", "backend", "hf", "exporters"),
-    ("demo", "cli", "__main__"),
+    ("demo", "tuner", "cli", "__main__"),
 )
 
 
@@ -162,7 +162,7 @@ OPS = [
 
 
 def test_there_are_ops():
-    assert sorted(OPS) == ["quantize_activation", "twin_linear"]
+    assert sorted(OPS) == ["int8_linear", "prologue", "quantize_activation", "twin_gemm", "twin_linear"]
 
 
 @pytest.mark.parametrize("op", OPS)

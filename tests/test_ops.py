@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from random_components import packed
 
 from tqcompile import ops
-from tqcompile.ops.packing import dequantize_int4, pack_int4, unpack_int4
+from tqcompile.ops.packing import dequantize_int4, integer_scales, pack_int4, unpack_int4
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
@@ -146,3 +146,101 @@ def test_wrong_arguments_are_refused_while_tracing(change, message):
     change(args)
     with pytest.raises(RuntimeError, match=message):
         ops.twin_linear(*[a.to("meta") if isinstance(a, torch.Tensor) else a for a in args])
+
+
+def grid(units, multiples):
+    """(N,) numbers of four significant bits times (N, G) integers in [1, 16], as bfloat16."""
+    exact = np.array(units)[:, None] * np.array(multiples, dtype=np.float64)
+    scale = torch.tensor(exact).bfloat16()
+    assert np.array_equal(wide(scale), exact)
+    return scale
+
+
+def assert_exact(scale):
+    c, m = integer_scales(scale)
+    assert (c.dtype, m.dtype, m.shape) == (torch.float32, torch.uint8, scale.shape)
+    assert m.min() >= 1
+    assert m.max() <= 16
+    assert np.array_equal(wide(c)[:, None] * wide(m), wide(scale))
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(8, 15), st.integers(-110, 100), st.lists(st.integers(1, 16), min_size=5, max_size=5)),
+        min_size=1,
+        max_size=4,
+    )
+)
+@example([(15, -110, [16, 15, 13, 11, 1]), (8, 100, [16, 16, 16, 16, 16])])
+@example([(11, 0, [2, 4, 6, 16, 12])])
+def test_scales_on_a_grid_are_recovered_exactly(rows):
+    scale = grid([float(a) * 2.0**e for a, e, _ in rows], [m for *_, m in rows])
+    assert_exact(scale)
+    assert_exact(scale.float())
+    assert_exact(scale[:, :1])
+
+
+@given(st.lists(st.integers(128, 255), min_size=3, max_size=3), st.lists(st.integers(-3, 3), min_size=3, max_size=3))
+def test_integer_scales_find_a_form_exactly_when_there_is_one(mantissas, exponents):
+    integers_ = [a * 2 ** (e + 3) for a, e in zip(mantissas, exponents, strict=True)]
+    scale = torch.tensor([[float(i) for i in integers_]]).bfloat16()
+    divisor = np.gcd.reduce(integers_)
+    if max(integers_) // divisor <= 16:
+        assert_exact(scale)
+    else:
+        assert integer_scales(scale) is None
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        [1.0, 17.0],  # too far apart
+        [1.0, 1.0078125],  # neighbours in bfloat16: 128 and 129 units
+        [16.0, 15.0, 1.5],  # unit 0.5 would need the multiple 32
+        [0.0, 1.0],
+        [-1.0, -1.0],
+        [float("inf"), float("inf")],
+        [float("nan"), 1.0],
+        [2.0**-126, 2.0**-126 * 1.5],  # the unit is no normal float32
+    ],
+)
+def test_one_row_without_integer_scales_is_enough_for_none(row):
+    good = [4.0] * len(row)
+    assert integer_scales(torch.tensor([good, good]).bfloat16()) is not None
+    assert integer_scales(torch.tensor([good, row, good]).bfloat16()) is None
+
+
+def int8_arguments(shape, dtype, n, groups, bias, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    k = shape[-1]
+    weight = torch.randint(-128, 128, (n, k), generator=g, dtype=torch.int8)
+    scale = (torch.rand(n, groups, generator=g) * 0.02 + 0.001).bfloat16()
+    b = torch.randn(n, generator=g).to(dtype) if bias else None
+    return torch.randn(shape, generator=g).to(dtype), weight, scale, b
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_int8_linear_matches_an_independent_computation(shape, dtype, bias):
+    args = int8_arguments(shape, dtype, 20, 2, bias)
+    torch.library.opcheck(ops.int8_linear, args)
+    x, weight, scale, b = args
+    w = wide(weight) * np.repeat(wide(scale), 64 // 2, axis=1)
+    exact = wide(x) @ w.T + (wide(b) if bias else 0)
+    bound = EPS[dtype] * np.abs(exact) + 1e-5 * (np.abs(wide(x)) @ np.abs(w).T + 1)
+    assert (np.abs(wide(ops.int8_linear(*args)) - exact) <= bound).all()
+
+
+def test_int8_linear_refuses_what_does_not_fit():
+    x, weight, scale, _ = int8_arguments((3, 64), torch.float32, 20, 2, False)
+    for wrong in (
+        (x.int(), weight, scale, None),
+        (x, weight.short(), scale, None),
+        (x[:, :32], weight, scale, None),
+        (x, weight, scale[:7], None),
+        (x, weight, scale[:, :1].expand(20, 3), None),
+        (x, weight, scale, torch.zeros(3)),
+    ):
+        with pytest.raises(RuntimeError):
+            torch.ops.tqcompile.int8_linear(*(a.to("meta") if a is not None else None for a in wrong))

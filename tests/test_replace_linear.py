@@ -47,7 +47,8 @@ def test_untying_and_settings():
     model, config = nn.Sequential(a, b), types.SimpleNamespace(tied=True)
     journal = Journal(model)
     journal.assign_parameter(b, "weight", nn.Parameter(torch.zeros(4, 4)))
-    journal.set_attribute(config, "tied", False)
+    journal.remember_attribute(config, "tied")
+    config.tied = False
     assert a.weight is not b.weight
     assert not config.tied
     journal.restore()

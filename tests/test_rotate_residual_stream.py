@@ -258,6 +258,24 @@ def test_a_checkpoint_that_describes_other_norms(saved, tmp_path, entry, reason)
         tqcompile.load(folder)
 
 
+@pytest.mark.parametrize("tied_head", ["insert", "untie"])
+def test_a_quantized_head_of_a_rotated_model(tied_head, tmp_path):
+    model = tiny("Qwen3", tie_word_embeddings=True)
+    plan = analyze(model, IDS, SMALL)
+    rotate_residual_stream(model, plan.stream, sylvester(128), Journal(model), tied_head)
+    before = logits(model)
+    ignore = ("lm_head", "model.layers.0", *(["model.norm"] if tied_head == "insert" else []))
+    settings = {**SETTINGS, "ignore": ignore}
+    tqcompile.compile(model, tokens(), scheme="rtn-w4a16", lm_head="w8a16", **settings)
+    model.tqcompile_quantization.update(
+        quantization_config(SMALL, model.tqcompile_quantization["modules"], rotated_norms(model))
+    )
+    assert rotated_norms(model) == (["model.norm"] if tied_head == "insert" else [])
+    assert relative(logits(model), before) < 0.5  # one layer is rounded to 4 bits: the same function, roughly
+    tqcompile.save(model, tmp_path / "model")
+    assert torch.equal(logits(tqcompile.load(tmp_path / "model")), logits(model))
+
+
 def test_generation_is_unchanged():
     model = tiny("Qwen3", tie_word_embeddings=True)
     plan, prompt = analyze(model, IDS, SMALL), tokens(2, 5, seed=4)

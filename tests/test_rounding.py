@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tqcompile.errors import NumericError
-from tqcompile.methods.rounding import from_codes, group_scales, require_finite, round_to_codes, storable
+from tqcompile.methods.rounding import (
+    from_codes,
+    grid_scales,
+    group_scales,
+    require_finite,
+    round_to_codes,
+    row_units,
+    storable,
+)
 
 SHAPES = [(1, 2, 2), (3, 35, 7), (5, 64, 32), (17, 96, 96)]
 
@@ -92,6 +100,47 @@ def test_any_finite_weights_have_codes_in_range_and_a_bounded_error(values, sear
         # Half a step, plus 7 * 2**-8 of one because the scale was rounded to bfloat16, plus float32 rounding of w.
         step = scale.double().unsqueeze(-1)
         assert (error <= step * (0.5 + 7 / 256) + w.abs().max().double() * 2.0**-22).all()
+
+
+@pytest.mark.parametrize(("n", "k", "g"), SHAPES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_grid_scales_are_the_best_of_sixteen_multiples(n, k, g, weighted):
+    w = matrix(n, k, 7)
+    importance = torch.rand(k, generator=torch.Generator().manual_seed(1)) + 0.01 if weighted else torch.ones(k)
+    unit = row_units(w, g, importance if weighted else None)
+    scale = grid_scales(w, unit, g, importance if weighted else None)
+    best = np.full(scale.shape, np.inf)
+    for multiple in range(1, 17):
+        candidate = (unit * multiple)[:, None].expand(scale.shape)
+        assert torch.equal(candidate, candidate.bfloat16().float())
+        best = np.minimum(best, squared_error(w, candidate, importance))
+    slack = 1 + g * 2.0**-22
+    assert (squared_error(w, scale, importance) <= best * slack).all()
+    ratio = scale.double() / unit.double()[:, None]
+    assert torch.equal(ratio, ratio.round().clamp(1, 16))
+
+
+@pytest.mark.parametrize("headroom", [1.0, 1.05, 1.5])
+def test_row_units_have_four_bits_and_reach_the_largest_scale_with_little_to_spare(headroom):
+    w = matrix(40, 96, 8)
+    unit, largest = row_units(w, 32, headroom=headroom), group_scales(w, 32).amax(1) * headroom
+    mantissa = torch.frexp(unit)[0] * 16
+    assert torch.equal(mantissa, mantissa.round())
+    # float32 rounding of the product may let an exact fit be missed by one part in 2**23.
+    assert (unit * 16 >= largest * (1 - 2.0**-22)).all()
+    assert (unit * 16 <= largest * (1 + 2.0**-3)).all()
+
+
+def test_groups_of_zeros_do_not_coarsen_the_grid_of_their_row():
+    w = matrix(3, 96, 9) * 1e-3
+    w[0, 32:64], w[1] = 0, 0
+    unit = row_units(w, 32)
+    assert unit[0] <= w[0].abs().amax() / 7 / 16 * 1.13
+    scale = grid_scales(w, unit, 32)
+    dense = from_codes(round_to_codes(w, scale), scale)
+    assert (dense[w == 0] == 0).all()
+    assert ((dense - w)[0].norm() / w[0].norm()) < 0.15
+    assert (scale > 0).all()
 
 
 @pytest.mark.parametrize(("n", "k", "g"), SHAPES)

@@ -10,10 +10,10 @@ from tqcompile.methods import twin
 from tqcompile.methods.hadamard import random_signs, signed_hadamard
 from tqcompile.methods.lowrank import quantize_factors, svd_factors
 from tqcompile.methods.recipe import quantize_data_free
-from tqcompile.methods.rounding import group_scales, round_to_codes
+from tqcompile.methods.rounding import grid_scales, group_scales, round_to_codes, row_units
 from tqcompile.methods.statistics import StatisticsCollector
 from tqcompile.modules import TwinLinear
-from tqcompile.ops.packing import dequantize_int4, unpack_int4
+from tqcompile.ops.packing import dequantize_int4, integer_scales, unpack_int4
 
 K, SIZES = 192, (34, 10)
 CONFIG = Config(rank=8, group_size=64)
@@ -265,7 +265,7 @@ def test_the_residual_is_what_the_rounded_factors_leave():
         _, product = reconstruct(quantized)
         assert np.allclose(product, rounded.product()[rows].double().numpy(), rtol=0, atol=1e-6 * np.abs(product).max())
         left = target[rows] - rounded.product()[rows]
-        scale = group_scales(left, 64)
+        scale = grid_scales(left, row_units(left, 64), 64)
         assert torch.equal(quantized.tensors["residual.weight_scale"].float(), scale)
         assert torch.equal(unpack_int4(quantized.tensors["residual.weight_packed"]), round_to_codes(left, scale))
     # Without the feedback the rounding error of the factors stays in the result.
@@ -377,3 +377,12 @@ def test_odd_widths_have_no_or_a_smaller_rotation(width):
     assert (y - x @ weight.t()).norm() < 0.15 * (x @ weight.t()).norm()
     restored = dequantize_int4(found.tensors["residual.weight_packed"], found.tensors["residual.weight_scale"])
     assert restored.shape == weight.shape
+
+
+@pytest.mark.parametrize("data", [True, False])
+@pytest.mark.parametrize("scheme", ["twin-w4a16", "twin-w4a8", "twin-w4a4"])
+def test_residual_scales_of_twin_are_integers_times_one_number_per_row(scheme, data):
+    for quantized in solve(problem(scheme, data))[1]:
+        scale = quantized.tensors["residual.weight_scale"]
+        c, m = integer_scales(scale)
+        assert torch.equal(c[:, None] * m, scale.float())

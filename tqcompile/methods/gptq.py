@@ -3,7 +3,7 @@
 import torch
 
 from tqcompile.errors import NumericError
-from tqcompile.methods.rounding import QMAX, QMIN, group_scales
+from tqcompile.methods.rounding import HEADROOM, QMAX, QMIN, grid_scales, group_scales, row_units
 
 DAMPING = 0.01
 
@@ -42,7 +42,7 @@ def inverse_factor(hessian: torch.Tensor, what: str) -> torch.Tensor:
 
 
 def gptq(
-    w: torch.Tensor, factor: torch.Tensor, importance: torch.Tensor, group_size: int
+    w: torch.Tensor, factor: torch.Tensor, importance: torch.Tensor, group_size: int, grid: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize a matrix to signed 4 bits with group scales, minimising the error of its output.
 
@@ -50,7 +50,8 @@ def gptq(
 
     Args:
         w: (N, K) float32. factor: (K, K) from :func:`inverse_factor`. importance: (K,) diagonal of the Hessian.
-        group_size: g, divides K.
+        group_size: g, divides K. grid: scales of a row are integer multiples 1 to 16 of one number; that number is
+        fixed before the first column, from the whole row.
     Returns:
         codes (N, K) int8 in [-8, 7] and scales (N, K/g) float32 (bfloat16 values).
     """
@@ -58,10 +59,14 @@ def gptq(
     n, k = w.shape
     codes = torch.empty(n, k, dtype=torch.int8, device=w.device)
     scales = torch.empty(n, k // group_size, device=w.device)
+    unit = row_units(w, group_size, importance, HEADROOM) if grid else None
     for start in range(0, k, group_size):
         end = start + group_size
         block = w[:, start:end]
-        scale = group_scales(block, group_size, importance[start:end])
+        if grid:
+            scale = grid_scales(block, unit, group_size, importance[start:end])
+        else:
+            scale = group_scales(block, group_size, importance[start:end])
         scales[:, start // group_size] = scale[:, 0]
         errors = torch.empty_like(block)
         u = factor[start:end, start:end]

@@ -11,13 +11,15 @@ from tqcompile.methods.components import QuantizedLinear
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """smooth: diagonal scale. rotate: signed block Hadamard. low_rank_bits: 0 (none), 4 or 16. gptq: else round to
-    nearest. clip: search clipping scales (weights, 4-bit activations) instead of using the full range."""
+    nearest. clip: search clipping scales (weights, 4-bit activations) instead of using the full range. grid: the
+    residual's scales of a row are integer multiples 1 to 16 of one number."""
 
     smooth: bool
     rotate: bool
     low_rank_bits: int
     gptq: bool
     clip: bool
+    grid: bool = False
 
 
 RECIPES = {
@@ -25,7 +27,7 @@ RECIPES = {
     "gptq": Recipe(smooth=False, rotate=False, low_rank_bits=0, gptq=True, clip=True),
     # SVDQuant (arXiv 2411.05007) with its GPTQ option: the stronger of its two forms.
     "svdquant": Recipe(smooth=True, rotate=False, low_rank_bits=16, gptq=True, clip=True),
-    "twin": Recipe(smooth=True, rotate=True, low_rank_bits=4, gptq=True, clip=True),
+    "twin": Recipe(smooth=True, rotate=True, low_rank_bits=4, gptq=True, clip=True, grid=True),
 }
 
 

@@ -3,9 +3,12 @@
 import torch
 
 from tqcompile.errors import NumericError
+from tqcompile.ops.packing import MAX_MULTIPLE
 
 QMAX = 7
 QMIN = -8
+# Room above the largest scale of a row, which error compensation may enlarge.
+HEADROOM = 1.05
 
 
 def group_scales(
@@ -43,6 +46,52 @@ def group_scales(
 def storable(scale: torch.Tensor) -> torch.Tensor:
     """Round scales to bfloat16, in which they are stored; codes are chosen for the rounded scale."""
     return scale.to(torch.bfloat16).float().clamp_min(torch.finfo(torch.bfloat16).tiny)
+
+
+def row_units(
+    w: torch.Tensor, group_size: int, importance: torch.Tensor | None = None, headroom: float = 1.0
+) -> torch.Tensor:
+    """The unit c of each row's scale grid {c, 2c, ..., 16c}: just large enough for the row's largest group scale.
+
+    c has four significant bits, so that its multiples by 1 to 16 have eight and are bfloat16 values.
+
+    Args:
+        w, group_size, importance: as in :func:`group_scales`. headroom: factor on the largest scale.
+    Returns:
+        (N,) float32, positive, at least 2**-120.
+    """
+    scale = group_scales(w, group_size, importance)
+    # The scale 1 of a group of zeros says nothing about the row.
+    scale = scale.masked_fill(w.reshape(*scale.shape, group_size).abs().amax(-1) == 0, 0.0).amax(1)
+    mantissa, exponent = torch.frexp(scale * (headroom / MAX_MULTIPLE))
+    return torch.ldexp((mantissa * 16).ceil(), exponent - 4).clamp_min(2.0**-120)
+
+
+def grid_scales(
+    w: torch.Tensor, unit: torch.Tensor, group_size: int, importance: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Scales for signed 4-bit rounding of each group, on the row's grid; the best of its 16 points.
+
+    Args:
+        w: (N, K) float32. unit: (N,) from :func:`row_units`. group_size: g, divides K.
+        importance: (K,) non-negative weights of the squared error.
+    Returns:
+        (N, K/g) float32: ``unit`` times an integer in [1, 16], all of them bfloat16 values.
+    """
+    n, k = w.shape
+    groups = w.reshape(n, k // group_size, group_size)
+    weight = None if importance is None else importance.reshape(1, k // group_size, group_size)
+    best = best_error = None
+    # Downwards, so that a group of zeros, for which all are equal, does not shrink the row's common divisor.
+    for multiple in range(MAX_MULTIPLE, 0, -1):
+        scale = (unit * multiple)[:, None].expand(n, k // group_size)
+        error = _group_error(groups, scale, weight)
+        if best is None:
+            best, best_error = scale, error
+        better = error < best_error
+        best = torch.where(better, scale, best)
+        best_error = torch.where(better, error, best_error)
+    return best
 
 
 def _group_error(groups: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:

@@ -20,7 +20,16 @@ from tqcompile.methods.gptq import gptq, inverse_factor
 from tqcompile.methods.hadamard import random_signs, rotate_blocks, rotation_block, signed_hadamard
 from tqcompile.methods.lowrank import LowRank, quantize_factors, svd_factors
 from tqcompile.methods.recipe import RECIPES
-from tqcompile.methods.rounding import QMAX, QMIN, from_codes, group_scales, require_finite, round_to_codes
+from tqcompile.methods.rounding import (
+    QMAX,
+    QMIN,
+    from_codes,
+    grid_scales,
+    group_scales,
+    require_finite,
+    round_to_codes,
+    row_units,
+)
 from tqcompile.methods.statistics import SiteStatistics
 from tqcompile.ops.packing import pack_int4
 
@@ -209,9 +218,13 @@ def quantize_site(problem: SiteProblem, transform: SiteTransform) -> list[Quanti
     statistics = problem.statistics
     if statistics is not None and recipe.gptq:
         hessian = transform.hessian(statistics.hessian)
-        codes, scales = gptq(residual, inverse_factor(hessian, problem.name), hessian.diagonal(), config.group_size)
+        factor = inverse_factor(hessian, problem.name)
+        codes, scales = gptq(residual, factor, hessian.diagonal(), config.group_size, recipe.grid)
     else:
-        scales = group_scales(residual, config.group_size, search=recipe.clip)
+        if recipe.grid:
+            scales = grid_scales(residual, row_units(residual, config.group_size), config.group_size)
+        else:
+            scales = group_scales(residual, config.group_size, search=recipe.clip)
         codes = round_to_codes(residual, scales)
     packed = pack_int4(codes)
     out, start = [], 0

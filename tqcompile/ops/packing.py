@@ -3,6 +3,9 @@
 A row-major matrix of signed integers in [-8, 7], shape (N, K) with K even, is stored as uint8 (N, K/2):
 byte j of a row holds element 2j in its low nibble and element 2j+1 in its high nibble, two's complement.
 Scales are (N, K/g) for groups of g consecutive elements of a row; value = integer * scale.
+
+The scales of a residual are moreover integer multiples 1 to 16 of one number per row, so that integer * multiple
+fits in int8 and a kernel can sum a whole row before it scales once (:func:`integer_scales`).
 """
 
 import torch
@@ -39,3 +42,39 @@ def dequantize_int4(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     values = unpack_int4(packed).float()
     grouped = values.unflatten(-1, (scale.shape[-1], -1))
     return (grouped * scale.float().unsqueeze(-1)).flatten(-2)
+
+
+MAX_MULTIPLE = 16
+
+
+def integer_scales(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Write the group scales of every row as one number times small integers, exactly.
+
+    The number is the greatest common divisor of a row's scales, so a row that has such a form at all is found, and
+    its integers have no common factor.
+
+    Args:
+        scale: (N, G) bfloat16, or another floating dtype holding bfloat16 values.
+    Returns:
+        c (N,) float32 and m (N, G) uint8 in [1, 16] with c * m == scale; None when a row has no such form (or a
+        scale is not positive and finite, or c is too small for a normal float32).
+    """
+    s = scale.float()
+    if not (torch.isfinite(s).all() and (s > 0).all()):
+        return None
+    low, high = s.amin(1), s.amax(1)
+    if (high > MAX_MULTIPLE * low).any():
+        return None
+    # Significands of 8 bits: in units of the smallest scale's last bit every scale is an integer below 2**13.
+    unit = torch.frexp(low)[1] - 8
+    integers = torch.ldexp(s.double(), -unit[:, None]).to(torch.int32)
+    divisor = integers
+    while divisor.shape[1] > 1:
+        half = divisor.shape[1] // 2
+        rest = divisor[:, 2 * half :]
+        divisor = torch.cat([torch.gcd(divisor[:, :half], divisor[:, half : 2 * half]), rest], 1)
+    m = integers // divisor
+    c = torch.ldexp(divisor[:, 0].double(), unit).float()
+    if (m > MAX_MULTIPLE).any() or (c < torch.finfo(torch.float32).tiny).any():
+        return None
+    return c, m.to(torch.uint8)
