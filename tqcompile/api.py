@@ -5,6 +5,7 @@ check -> load data -> capture and analyse -> per block: calibrate -> choose scal
 """
 
 import contextlib
+import copy
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -20,15 +21,10 @@ from tqcompile.config import Config, Scheme
 from tqcompile.data import Batch, load_calibration
 from tqcompile.errors import ConfigError, ModelError
 from tqcompile.methods.components import QuantizedLinear
+from tqcompile.methods.recipe import RECIPES
+from tqcompile.methods.select import Solution, solve_site
 from tqcompile.methods.statistics import SiteStatistics
-from tqcompile.methods.twin import (
-    SiteProblem,
-    SiteTransform,
-    absorbed,
-    choose_scale,
-    closed_form_transform,
-    quantize_site,
-)
+from tqcompile.methods.twin import SiteProblem, absorbed
 from tqcompile.modules import TwinLinear
 from tqcompile.passes.absorb_scale import absorb_into_norm, producer_channel, producer_scale
 from tqcompile.passes.analyze import analyze
@@ -163,11 +159,12 @@ def _quantize(
         report.notes.append("no calibration data: identity Hessian, no scales, errors not measured")
     elif len(batches) == 1:
         report.notes.append("a single calibration batch: errors are measured on the rows used for calibration")
+    balanced = RECIPES[Scheme.parse(config.scheme).method].balance
     quantized: dict[str, QuantizedLinear] = {}
     with Progress(progress, f"tqcompile {config.scheme}", len(plan.sites)) as bar:
         for unit in units:
             device = config.device or device_of(model)
-            statistics = collect_statistics(model, unit, batches, device) if batches else {}
+            statistics = collect_statistics(model, unit, batches, device, balanced) if batches else {}
             quantized |= _quantize_unit(model, unit, statistics, config, journal, report, bar, absorb)
     return quantized, report
 
@@ -182,31 +179,34 @@ def _quantize_unit(
     bar: Progress,
     absorb: bool,
 ) -> dict[str, QuantizedLinear]:
-    """Quantize and replace the linears of one unit: all scales first, since one site's scale moves into another."""
+    """Quantize and replace the linears of one unit.
+
+    Last site first: the scale of a site may divide rows of a linear before it, which must be known to quantize that.
+    """
     row_scales: dict[str, torch.Tensor] = {}
-    prepared = [
-        _prepare_site(model, unit, site, statistics.get(site), config, journal, row_scales, absorb)
-        for site in unit.sites
-    ]
+    solved = []
+    for site in reversed(unit.sites):
+        work = _solve_site(model, unit, site, statistics.get(site), config, journal, row_scales, bar, absorb)
+        bar.advance(site.name, work.solution.error)
+        solved.append(work)
     results: dict[str, QuantizedLinear] = {}
-    for work in prepared:
-        results |= _quantize_prepared(model, work, row_scales, journal, report)
-        bar.advance(work.site.name, report.layers[-1].error)
+    for work in reversed(solved):
+        results |= _replace_site(model, work, journal, report)
     return results
 
 
 @dataclasses.dataclass
-class _Prepared:
-    """A site with its scale (K,) or None, and the absorber that applies the scale's reciprocal, or None."""
+class _Solved:
+    """A quantized site, and the absorber that applies the reciprocal of its scale, or None."""
 
     site: Site
     problem: SiteProblem
-    scale: torch.Tensor | None
+    solution: Solution
     absorber: Absorber | None
     seconds: float
 
 
-def _prepare_site(
+def _solve_site(
     model: nn.Module,
     unit: Unit,
     site: Site,
@@ -214,9 +214,10 @@ def _prepare_site(
     config: Config,
     journal: Journal,
     row_scales: dict[str, torch.Tensor],
+    bar: Progress,
     absorb: bool,
-) -> _Prepared:
-    """Choose a site's scale and hand it to its absorber: into the norm now, into ``row_scales`` for a linear."""
+) -> _Solved:
+    """Quantize a site and hand its scale to its absorber: into the norm now, into ``row_scales`` for a linear."""
     began = time.perf_counter()
     linears = [model.get_submodule(name) for name in site.linears]
     device = config.device or linears[0].weight.device
@@ -225,36 +226,36 @@ def _prepare_site(
     absorber = site.absorber if site.absorber and absorb and _can_absorb(site.absorber, unit) else None
     tie = producer_channel(absorber, weights[0].shape[1]).to(device) if absorber else None
     problem = SiteProblem(weights, biases, statistics, Scheme.parse(config.scheme), config, tie, site.name)
-    scale = choose_scale(problem)
-    if scale is None:
-        absorber = None
-    elif absorber is not None and absorber.kind == "norm":
-        norm = model.get_submodule(absorber.module)
-        journal.remember(norm)
-        scale = absorb_into_norm(norm, scale).to(device)
-    elif absorber is not None:
-        row_scales[absorber.module] = producer_scale(absorber, scale)
-    return _Prepared(site, problem, scale, absorber, time.perf_counter() - began)
-
-
-def _quantize_prepared(
-    model: nn.Module, work: _Prepared, row_scales: dict[str, torch.Tensor], journal: Journal, report: Report
-) -> dict[str, QuantizedLinear]:
-    """Transform, quantize, replace and measure the linears of one site."""
-    began = time.perf_counter()
-    problem, site = work.problem, work.site
     for index, name in enumerate(site.linears):
         if name in row_scales:
             problem.divide_rows(index, row_scales[name])
-    transform = closed_form_transform(problem, work.scale)
-    quantized = quantize_site(problem, transform)
+    norm = model.get_submodule(absorber.module) if absorber and absorber.kind == "norm" else None
+
+    def applied(scale: torch.Tensor) -> torch.Tensor:
+        return scale if norm is None else absorb_into_norm(copy.deepcopy(norm), scale).to(scale)
+
+    solution = solve_site(problem, applied, lambda loss: bar.show(site.name, loss))
+    scale = solution.transform.scale
+    if scale is None:
+        absorber = None
+    elif norm is not None:
+        journal.remember(norm)
+        absorb_into_norm(norm, scale)
+    elif absorber is not None:
+        row_scales[absorber.module] = producer_scale(absorber, scale)
+    return _Solved(site, problem, solution, absorber, time.perf_counter() - began)
+
+
+def _replace_site(model: nn.Module, work: _Solved, journal: Journal, report: Report) -> dict[str, QuantizedLinear]:
+    """Replace and measure the linears of one site."""
+    problem, site, solution = work.problem, work.site, work.solution
+    quantized = solution.quantized
     if work.absorber is not None:
         quantized = [absorbed(result) for result in quantized]
-    seconds = (work.seconds + time.perf_counter() - began) / len(site.linears)
     for name, weight, result in zip(site.linears, problem.weights, quantized, strict=True):
         layer, error = TwinLinear.from_quantized(result), None
         if problem.statistics is not None:
-            outside = work.scale if work.absorber is not None else None
+            outside = solution.transform.scale if work.absorber is not None else None
             error = output_error(layer, weight, problem.statistics.held_out, outside)
         report.layers.append(
             LayerRecord(
@@ -264,8 +265,10 @@ def _quantize_prepared(
                 rank=result.spec.rank,
                 error=error,
                 bits=stored_bits(layer),
-                transform=_describe(transform, site, work.absorber),
-                seconds=seconds,
+                transform=_describe(solution, site, work.absorber),
+                seconds=work.seconds / len(site.linears),
+                closed_error=solution.closed_error,
+                learned_error=solution.learned_error,
             )
         )
         journal.replace(name, layer.to(model.get_submodule(name).weight.device))
@@ -279,10 +282,11 @@ def _can_absorb(absorber: Absorber, unit: Unit) -> bool:
     return unit.name == "model" or absorber.module.startswith(f"{unit.name}.")
 
 
-def _describe(transform: SiteTransform, site: Site, absorber: Absorber | None) -> str:
-    parts = []
+def _describe(solution: Solution, site: Site, absorber: Absorber | None) -> str:
+    transform, parts = solution.transform, []
     if transform.rotation is not None:
-        parts.append(f"hadamard{transform.rotation.shape[0]} on-line")
+        kind = "hadamard" if transform.rotation_signs else "learned rotation "
+        parts.append(f"{kind}{transform.rotation.shape[0]} on-line")
     if transform.scale is not None:
         parts.append(f"scale in {absorber.module}" if absorber else f"scale on-line ({site.reason or 'no absorber'})")
     return ", ".join(parts) or "none"

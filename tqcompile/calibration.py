@@ -39,9 +39,11 @@ def held_out_batches(batches: int) -> int:
 
 
 def collect_statistics(
-    model: nn.Module, unit: Unit, batches: list[Batch], device: torch.device | str
+    model: nn.Module, unit: Unit, batches: list[Batch], device: torch.device | str, balanced: bool = False
 ) -> dict[Site, SiteStatistics]:
     """Run a unit over all batches and gather the statistics of every site's input.
+
+    balanced: see ``SiteStatistics``.
 
     Raises:
         CalibrationError: an activation is NaN or infinite, or a site is never reached; names the module.
@@ -62,7 +64,7 @@ def collect_statistics(
                     f"overflows in {x.dtype} or its weights are damaged; try float32 or other data."
                 )
             if site not in collectors:
-                collectors[site] = StatisticsCollector(x.shape[-1], device, len(batches), held)
+                collectors[site] = StatisticsCollector(x.shape[-1], device, len(batches), held, balanced)
             collectors[site].add(rows, held_out=current >= len(batches) - held)
 
         return hook

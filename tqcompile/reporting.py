@@ -19,7 +19,8 @@ class LayerRecord:
 
     shape: (N, K). error: relative output error ||y_q - y|| / ||y|| on held-out calibration rows, None when
     data-free. bits: stored bits per weight, everything included. transform: what is applied to the input, and where
-    it went. seconds: time spent on its site.
+    it went. seconds: time spent on its site. closed_error, learned_error: of its site with the closed-form and with
+    the learned transform on held-out rows (the smaller one was kept), None where nothing was learned.
     """
 
     name: str
@@ -30,6 +31,8 @@ class LayerRecord:
     bits: float
     transform: str
     seconds: float
+    closed_error: float | None = None
+    learned_error: float | None = None
 
 
 @dataclasses.dataclass
