@@ -10,7 +10,7 @@ from tqcompile.methods.statistics import StatisticsCollector, balance_tokens
 from tqcompile.methods.twin import SiteProblem, closed_form_transform
 from tqcompile.modules import TwinLinear
 
-K, SIZES = 128, (40, 24)
+K, SIZES = 128, (400, 120)
 
 
 def inputs(t, seed=0):
@@ -22,9 +22,9 @@ def inputs(t, seed=0):
     return x
 
 
-def problem(scheme="twin-w4a8", steps=60, data=True, balanced=True, tie=None):
+def problem(scheme="twin-w4a8", steps=60, data=True, balanced=True, tie=None, sizes=SIZES):
     g = torch.Generator().manual_seed(1)
-    weights = [torch.randn(n, K, generator=g) / K**0.5 for n in SIZES]
+    weights = [torch.randn(n, K, generator=g) / K**0.5 for n in sizes]
     statistics = None
     if data:
         collector = StatisticsCollector(K, "cpu", 2, 1, balanced)
@@ -32,7 +32,7 @@ def problem(scheme="twin-w4a8", steps=60, data=True, balanced=True, tie=None):
         collector.add(inputs(300, seed=5), held_out=True)
         statistics = collector.finish()
     config = Config(scheme=scheme, rank=8, group_size=64, steps=steps)
-    return SiteProblem(weights, [None] * 2, statistics, Scheme.parse(scheme), config, tie, "the.site")
+    return SiteProblem(weights, [None] * len(sizes), statistics, Scheme.parse(scheme), config, tie, "the.site")
 
 
 def layer_error(p, solution, x):
@@ -90,6 +90,16 @@ def test_the_scale_is_the_one_that_is_really_applied():
     for quantized in solution.quantized:
         assert torch.equal(quantized.tensors["transform.input_scale"], 1 / scale)
     assert layer_error(p, solution, balance_tokens(p.statistics.held_out)) < 0.1
+
+
+def test_small_sites_keep_the_hadamard_rotation_which_needs_no_room():
+    solution = solve_site(problem(steps=30, sizes=(80,)))
+    assert solution.learned
+    assert len(solution.transform.rotation_signs) == K // 4
+    assert solution.learned_error == held_out_error(problem(sizes=(80,)), solution)
+    large = solve_site(problem(steps=2))
+    assert 4 * sum(SIZES) * K >= 16 * K * K
+    assert not large.learned or not large.transform.rotation_signs
 
 
 def test_tied_scales_stay_equal_through_learning():

@@ -4,6 +4,7 @@ check -> load data -> capture and analyse -> per block: calibrate -> choose scal
 -> quantize -> replace -> measure -> freeze -> torch.compile
 """
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from tqcompile import recipes
-from tqcompile.calibration import Unit, collect_statistics, device_of, split_into_units
+from tqcompile.calibration import Unit, collect_statistics, device_of, held_out_batches, split_into_units
 from tqcompile.checkpoint import quantization_config
 from tqcompile.config import Config, Scheme
 from tqcompile.data import Batch, load_calibration
@@ -31,7 +32,8 @@ from tqcompile.passes.analyze import analyze
 from tqcompile.passes.plan import Absorber, Site
 from tqcompile.passes.replace_linear import Journal
 from tqcompile.progress import Progress
-from tqcompile.reporting import LayerRecord, Report, output_error, stored_bits
+from tqcompile.reporting import BlockRecord, LayerRecord, Report, output_error, stored_bits
+from tqcompile.tuning import tune_block
 
 
 def compile(
@@ -154,18 +156,24 @@ def _quantize(
         reasons = "; ".join(f"{name}: {why}" for name, why in list(plan.skipped.items())[:5])
         raise ModelError(f"no layer of {type(model).__name__} can be quantized ({reasons}).")
     report = Report(config.to_dict(), skipped=dict(plan.skipped), notes=list(plan.notes))
-    units = split_into_units(model, plan.sites, batches) if batches else [Unit("model", list(plan.sites), None)]
+    recipe = RECIPES[Scheme.parse(config.scheme).method]
+    tune = recipe.tune and config.tune > 0
+    units = [Unit("model", list(plan.sites), None)]
+    if batches:
+        units = split_into_units(model, plan.sites, batches, targets=tune)
     if not batches:
         report.notes.append("no calibration data: identity Hessian, no scales, errors not measured")
     elif len(batches) == 1:
         report.notes.append("a single calibration batch: errors are measured on the rows used for calibration")
-    balanced = RECIPES[Scheme.parse(config.scheme).method].balance
     quantized: dict[str, QuantizedLinear] = {}
     with Progress(progress, f"tqcompile {config.scheme}", len(plan.sites)) as bar:
         for unit in units:
             device = config.device or device_of(model)
-            statistics = collect_statistics(model, unit, batches, device, balanced) if batches else {}
-            quantized |= _quantize_unit(model, unit, statistics, config, journal, report, bar, absorb)
+            statistics = collect_statistics(model, unit, batches, device, recipe.balance) if batches else {}
+            results = _quantize_unit(model, unit, statistics, config, journal, report, bar, absorb)
+            if tune and len(unit.calls) > 1:
+                results = _tune_unit(model, unit, results, config, journal, report, bar, absorb)
+            quantized |= results
     return quantized, report
 
 
@@ -273,6 +281,52 @@ def _replace_site(model: nn.Module, work: _Solved, journal: Journal, report: Rep
         )
         journal.replace(name, layer.to(model.get_submodule(name).weight.device))
     return dict(zip(site.linears, quantized, strict=True))
+
+
+def _tune_unit(
+    model: nn.Module,
+    unit: Unit,
+    results: dict[str, QuantizedLinear],
+    config: Config,
+    journal: Journal,
+    report: Report,
+    bar: Progress,
+    absorb: bool,
+) -> dict[str, QuantizedLinear]:
+    """Tune a quantized block; keep it where its held-out output is closer to that of the full-precision block."""
+    began = time.perf_counter()
+    block, prefix = model.get_submodule(unit.name), f"{unit.name}."
+    held = held_out_batches(len(unit.calls))
+    # What is not absorbed is applied to a model that stays as it is, so its norms must not change.
+    vectors = _own_vectors(model, block) if absorb else []
+    tuned = tune_block(
+        block,
+        {name.removeprefix(prefix): result for name, result in results.items()},
+        vectors,
+        unit.calls[:-held],
+        unit.calls[-held:],
+        config.tune,
+        torch.Generator().manual_seed(config.seed),
+        lambda loss: bar.show(f"tuning {unit.name}", loss),
+    )
+    kept = tuned.after < tuned.before
+    report.blocks.append(BlockRecord(unit.name, tuned.before, tuned.after, kept, time.perf_counter() - began))
+    if not kept:
+        return results
+    for name, values in tuned.vectors.items():
+        owner = block.get_submodule(name.rpartition(".")[0])
+        journal.remember(owner)
+        block.get_parameter(name).copy_(values)
+    for name, result in tuned.linears.items():
+        device = block.get_submodule(name).residual.weight_packed.device
+        journal.replace(prefix + name, TwinLinear.from_quantized(result).to(device))
+    return {prefix + name: result for name, result in tuned.linears.items()}
+
+
+def _own_vectors(model: nn.Module, block: nn.Module) -> list[str]:
+    """Names of the one-dimensional floating-point parameters that this block alone reads."""
+    uses = collections.Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return [name for name, p in block.named_parameters() if p.dim() == 1 and p.is_floating_point() and uses[id(p)] == 1]
 
 
 def _can_absorb(absorber: Absorber, unit: Unit) -> bool:

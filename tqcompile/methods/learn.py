@@ -53,7 +53,7 @@ def straight_round(x: torch.Tensor) -> torch.Tensor:
 
 
 def fake_quantize(w: torch.Tensor, group_size: int, clip: torch.Tensor | float = 1.0) -> torch.Tensor:
-    """4-bit rounding of (N, K) ``w`` in groups of g, with scales ``clip`` (N, K/g) of the full range; differentiable."""
+    """4-bit rounding of (N, K) ``w`` in groups of g; scales are ``clip`` (N, K/g) of the full range; differentiable."""
     groups = w.unflatten(-1, (-1, group_size))
     scale = (groups.abs().amax(-1).clamp_min(1e-12) * (clip / QMAX)).unsqueeze(-1)
     return (straight_round(groups / scale).clamp(QMIN, QMAX) * scale).flatten(-2)
@@ -90,9 +90,9 @@ def fast_matmul(device: torch.device) -> Iterator[None]:
 class Parameters:
     """What is learned at a site with weights (N, K); also the result, detached.
 
-    log_scale: (channels,) logarithm of s relative to its start, or None (no scale). generator: (b, b), Q is its start
-    times cayley(generator), or None. frame: V (K, R), or None. factor: G (R, R), or None. weight_clip: (N, K/g) and
-    act_clip: () before the logistic function.
+    log_scale: (channels,) logarithm of s relative to its start, or None (s stays). generator: (b, b), Q is its start
+    times cayley(generator), or None (Q stays). frame: V (K, R), or None. factor: G (R, R), or None.
+    weight_clip: (N, K/g) and act_clip: () before the logistic function.
     """
 
     log_scale: torch.Tensor | None
@@ -118,10 +118,13 @@ class Objective:
     group_size: int
     act_bits: int
 
-    def start(self, rank: int, learn_scale: bool, generator: torch.Generator) -> Parameters:
+    def start(
+        self, rank: int, learn_scale: bool, generator: torch.Generator, learn_rotation: bool = True
+    ) -> Parameters:
         """Parameters at the closed form: s and Q as given, V from the SVD of W~, G balancing both factors.
 
-        generator: of the orthogonal mixing where R is no power of two.
+        rank: R, 0 for no low rank. learn_scale, learn_rotation: else these stay as given. generator: of the
+        orthogonal mixing where R is no power of two.
         """
         n, k = self.w.shape
         new = self.w.new_zeros
@@ -132,7 +135,7 @@ class Objective:
             frame, factor = balanced_svd(self.transformed(self.w, self.scale, self.rotation), rank, generator)
         return Parameters(
             log_scale=new(channels) if learn_scale else None,
-            generator=None if self.rotation is None else torch.zeros_like(self.rotation),
+            generator=torch.zeros_like(self.rotation) if self.rotation is not None and learn_rotation else None,
             frame=frame,
             factor=factor,
             weight_clip=new(n, k // self.group_size) + logit,
@@ -154,7 +157,8 @@ class Objective:
         return s if self.scale is None else s * self.scale
 
     def rotation_of(self, p: Parameters) -> torch.Tensor | None:
-        return None if p.generator is None else self.rotation @ cayley(p.generator)
+        """Q (b, b)."""
+        return self.rotation if p.generator is None else self.rotation @ cayley(p.generator)
 
     def __call__(self, p: Parameters, x: torch.Tensor) -> torch.Tensor:
         """Squared output error on rows x (T, K), not yet divided by anything."""

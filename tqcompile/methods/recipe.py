@@ -13,7 +13,8 @@ class Recipe:
     """smooth: diagonal scale. rotate: signed block Hadamard. low_rank_bits: 0 (none), 4 or 16. gptq: else round to
     nearest. clip: search clipping scales (weights, 4-bit activations) instead of using the full range. grid: the
     residual's scales of a row are integer multiples 1 to 16 of one number. learn: the transform may be learned.
-    balance: tokens count about equally, whatever their norm (``statistics.balance_tokens``)."""
+    balance: tokens count about equally, whatever their norm (``statistics.balance_tokens``). tune: blocks may be tuned
+    after they are quantized."""
 
     smooth: bool
     rotate: bool
@@ -23,6 +24,7 @@ class Recipe:
     grid: bool = False
     learn: bool = False
     balance: bool = False
+    tune: bool = False
 
 
 RECIPES = {
@@ -35,7 +37,7 @@ RECIPES = {
     "quarot": Recipe(smooth=False, rotate=True, low_rank_bits=0, gptq=True, clip=True),
     "spinquant": Recipe(smooth=True, rotate=True, low_rank_bits=0, gptq=True, clip=True, learn=True),
     "twin": Recipe(
-        smooth=True, rotate=True, low_rank_bits=4, gptq=True, clip=True, grid=True, learn=True, balance=True
+        smooth=True, rotate=True, low_rank_bits=4, gptq=True, clip=True, grid=True, learn=True, balance=True, tune=True
     ),
 }
 

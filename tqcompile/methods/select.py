@@ -74,11 +74,13 @@ def learn_transform(
     closed = closed_form_transform(problem, scale, factors=False)
     w = problem.stacked()
     rotation = closed.rotation
+    # A learned rotation is stored, a signed Hadamard is not: it must not outweigh the 4-bit codes of its site.
+    learn_rotation = rotation is not None and 16 * rotation.numel() <= 4 * w.numel()
     if rotation is not None:
         # A signed Hadamard in bfloat16 is orthogonal up to one factor.
         rotation = rotation * (len(rotation) ** 0.5 / rotation.norm())
     objective = Objective(w, scale, rotation, problem.tie, config.group_size, problem.scheme.act_bits)
-    start = objective.start(config.rank if recipe.low_rank_bits else 0, recipe.smooth, generator)
+    start = objective.start(config.rank if recipe.low_rank_bits else 0, recipe.smooth, generator, learn_rotation)
     rows = learning_rows(problem)
     found = learn(objective, start, rows, config.steps, generator, on_step, problem.name)
     scale = objective.scale_of(found)
@@ -86,10 +88,11 @@ def learn_transform(
     return learned_transform(
         problem,
         scale=None if scale is None else applied(scale),
-        rotation=learned_rotation(objective, found),
+        rotation=learned_rotation(objective, found) if learn_rotation else closed.rotation,
         down=down,
         up_of=None if found.frame is None else found.frame @ found.factor,
         clip=float(torch.sigmoid(found.act_clip)),
+        signs="" if learn_rotation else closed.rotation_signs,
     )
 
 

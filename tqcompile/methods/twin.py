@@ -213,10 +213,14 @@ def learned_transform(
     down: torch.Tensor | None,
     up_of: torch.Tensor | None,
     clip: float,
+    signs: str = "",
 ) -> SiteTransform:
-    """A transform from learned parts: scale s (K,), rotation Q (b, b), down (R, K), and up = W~ ``up_of`` (K, R)."""
+    """A transform from learned parts: scale s (K,), rotation Q (b, b), down (R, K), and up = W~ ``up_of`` (K, R).
+
+    signs: of a rotation that stayed a signed Hadamard. The rotation is rounded to bfloat16, as it is stored.
+    """
     rotation = None if rotation is None else rotation.to(torch.bfloat16).float()
-    transform = SiteTransform(scale, rotation, act_ratio_for(problem.scheme, clip), None)
+    transform = SiteTransform(scale, rotation, act_ratio_for(problem.scheme, clip), None, signs)
     if down is not None:
         up = transform.weights(problem.stacked()) @ up_of
         transform.factors = quantize_factors(LowRank(up, down), problem.config.group_size)
