@@ -66,7 +66,7 @@ class TunableLinear(nn.Module):
         self.parts = nn.ModuleDict(
             {n: _Codes(tensors[f"{n}.weight_packed"], tensors[f"{n}.weight_scale"], n != "residual") for n in parts}
         )
-        self.bias = nn.Parameter(tensors["bias"].float()) if "bias" in tensors else None
+        self.bias = nn.Parameter(tensors["bias"].float().clone()) if "bias" in tensors else None
         self.input_scale, self.rotation = tensors.get("transform.input_scale"), tensors.get("transform.rotation")
         clip = QMAX / 127 / spec.act_ratio if spec.act_ratio else 1.0
         self.clip = nn.Parameter(torch.tensor(clip, device=device)) if spec.act_ratio else None

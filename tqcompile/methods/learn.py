@@ -31,7 +31,7 @@ LR_FACTOR = 2e-3
 LR_CLIP = 5e-2
 FINAL = 0.05
 BETAS = (0.9, 0.99)
-BATCH_ROWS = 1024
+BATCH_ROWS = 512  # at least; a quarter of the channels where that is more
 START_CLIP = 0.9
 
 
@@ -199,7 +199,7 @@ def learn(
     """Minimise the objective over minibatches of ``rows``.
 
     Args:
-        rows: (T, K) float32 inputs of the site; with no more than BATCH_ROWS of them each step reads all.
+        rows: (T, K) float32 inputs of the site; with no more than BATCH_ROWS (or K) of them each step reads all.
         steps: learning steps. generator: draws the minibatches. on_step: told the relative squared error.
         what: named in errors.
     Returns:
@@ -218,12 +218,13 @@ def learn(
     ]
     adam = torch.optim.Adam(groups, betas=BETAS)
     frame = None if p.frame is None else StiefelAdam(p.frame, LR_FRAME, BETAS)
+    size = max(BATCH_ROWS, rows.shape[1] // 4)
     energy = (rows @ objective.w.t()).square().sum() / len(rows)
     with torch.enable_grad(), fast_matmul(rows.device):
         for step in range(steps):
             batch = rows
-            if len(rows) > BATCH_ROWS:
-                batch = rows[torch.randint(len(rows), (BATCH_ROWS,), generator=generator).to(rows.device)]
+            if len(rows) > max(size, rows.shape[1]):
+                batch = rows[torch.randint(len(rows), (size,), generator=generator).to(rows.device)]
             loss = objective(p, batch) / (energy * len(batch))
             loss.backward()
             for group in adam.param_groups:

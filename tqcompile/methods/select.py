@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from tqcompile.methods.components import QuantizedLinear
-from tqcompile.methods.learn import BATCH_ROWS, Objective, learn, learned_rotation
+from tqcompile.methods.learn import Objective, learn, learned_rotation
 from tqcompile.methods.statistics import balance_tokens
 from tqcompile.methods.twin import (
     SiteProblem,
@@ -18,6 +18,9 @@ from tqcompile.methods.twin import (
     quantized_operands,
 )
 from tqcompile.ops.packing import dequantize_int4
+
+# Up to this many channels a step on rows with the Hessian of all tokens costs no more than one on a sample.
+HESSIAN_CHANNELS = 1024
 
 
 @dataclasses.dataclass
@@ -100,7 +103,7 @@ def learning_rows(problem: SiteProblem) -> torch.Tensor:
     """Rows (T, K) to learn on: the sample, or without activation rounding K rows with the Hessian of all tokens."""
     statistics = problem.statistics
     hessian = statistics.hessian
-    if problem.scheme.act_bits != 16 or len(hessian) > BATCH_ROWS:
+    if problem.scheme.act_bits != 16 or len(hessian) > HESSIAN_CHANNELS:
         return statistics.rows
     damped = hessian.clone()
     damped.diagonal().add_(1e-4 * hessian.diagonal().mean())
