@@ -17,7 +17,7 @@ LAYERS = (
     ("errors", "config"),
     ("methods", "ops", "data", "progress", "evaluate"),
     ("passes", "kernels", "recipes"),
-    ("calibration", "modules", "reporting", "checkpoint", "tuning"),
+    ("calibration", "modules", "reporting", "checkpoint", "block_tuning"),
     ("api", "backend", "hf", "exporters"),
     ("demo", "cli", "__main__"),
 )

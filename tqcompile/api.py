@@ -33,7 +33,7 @@ from tqcompile.passes.plan import Absorber, Site
 from tqcompile.passes.replace_linear import Journal
 from tqcompile.progress import Progress
 from tqcompile.reporting import BlockRecord, LayerRecord, Report, output_error, stored_bits
-from tqcompile.tuning import tune_block
+from tqcompile.block_tuning import tune_block
 
 
 def compile(

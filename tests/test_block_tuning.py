@@ -8,13 +8,13 @@ from tiny_models import SETTINGS, as_bfloat16, assert_unchanged, logits, snapsho
 from torch import nn
 
 import tqcompile
-from tqcompile import tuning
+from tqcompile import block_tuning
 from tqcompile.calibration import BlockCall
 from tqcompile.config import Config, Scheme
 from tqcompile.methods.select import solve_site
 from tqcompile.methods.twin import SiteProblem
 from tqcompile.modules import TwinLinear
-from tqcompile.tuning import TunableLinear, tune_block
+from tqcompile.block_tuning import TunableLinear, tune_block
 
 
 def quantized(n=48, k=64, scheme="twin-w4a8", bias=True, seed=0):
@@ -118,7 +118,7 @@ def test_same_seed_same_bytes():
 
 
 def test_codes_are_tuned_straight_through_their_rounding(monkeypatch):
-    monkeypatch.setattr(tuning, "LR_CODES", 0.3)
+    monkeypatch.setattr(block_tuning, "LR_CODES", 0.3)
     block, linears, calls = case("twin-w4a16")
     tuned = tune_block(block, linears, [], calls[:3], calls[3:], 20, torch.Generator().manual_seed(1))
     assert not tuned.vectors
@@ -148,7 +148,7 @@ def test_a_block_that_got_worse_is_left_as_it_was(monkeypatch):
     plain, tuned = tiny("Qwen3"), tiny("Qwen3")
     tqcompile.compile(plain, tokens(), scheme="twin-w4a8", **SETTINGS)
     for rate in ("LR_CODES", "LR_SCALE", "LR_VECTOR"):
-        monkeypatch.setattr(tuning, rate, 3.0)
+        monkeypatch.setattr(block_tuning, rate, 3.0)
     tqcompile.compile(tuned, tokens(), scheme="twin-w4a8", tune=2, **SETTINGS)
     assert not any(record.kept for record in tqcompile.report(tuned).blocks)
     for key, value in plain.state_dict().items():
@@ -158,7 +158,7 @@ def test_a_block_that_got_worse_is_left_as_it_was(monkeypatch):
 def test_a_failure_while_tuning_puts_everything_back(monkeypatch):
     model = tiny("Qwen3")
     before, calls = snapshot(model), []
-    real = tuning.tune_block
+    real = block_tuning.tune_block
 
     def fails(*args):
         calls.append(1)
