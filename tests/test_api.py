@@ -8,9 +8,10 @@ from tiny_models import SETTINGS, as_bfloat16, assert_unchanged, logits, snapsho
 from torch import nn
 
 import tqcompile
-from tqcompile import api, recipes
+from tqcompile import recipes
 from tqcompile.config import DEFAULT_IGNORE, METHODS, Config
 from tqcompile.errors import CalibrationError, ConfigError, ModelError, NumericError
+from tqcompile.methods import select
 from tqcompile.modules import TwinLinear
 
 NAMES = {"Qwen3": 14, "Llama": 14, "Qwen2": 14, "Bert": 14}
@@ -62,9 +63,20 @@ def test_every_method_on_every_architecture(name, method):
         assert record.scheme == f"{method}-w4a8"
         assert record.rank == layer.spec.rank
         assert 0 < record.error < 0.35, record
-        assert 4.2 < record.bits < 12
+        rotation = layer.transform.rotation
+        learned = rotation is not None and not layer.transform.signs
+        # A learned (128, 128) rotation is as large as some of these layers, and stored.
+        assert (
+            4.2
+            < record.bits
+            < 12 + (16 * rotation.numel() / layer.residual.weight_packed.numel() / 2 if learned else 0)
+        )
+        assert not learned or record.learned_error < record.closed_error
         assert record.seconds >= 0
-        assert ("hadamard" in record.transform) == (method == "twin")
+        rotated = method in ("twin", "quarot", "spinquant")
+        assert ("hadamard" in record.transform) == (rotated and not learned)
+        assert ("learned rotation" in record.transform) == learned
+        assert (record.learned_error is not None) == (method in ("twin", "spinquant"))
     assert set(report.skipped) == set(linears(model))
     assert report.config["scheme"] == f"{method}-w4a8"
     # Random weights, four times as large as usual, amplify every error; unrelated logits would give 1.4.
@@ -324,19 +336,19 @@ def test_a_failure_in_the_middle_puts_everything_back(monkeypatch, name, error):
     expected = logits(model)
     model.train()
     before, calls = snapshot(model), []
-    real = api.quantize_site
+    real = select.quantize_site
 
     def fails(problem, transform):
         calls.append(problem.name)
-        if len(calls) == 6:  # the second block: norms have absorbed and linears are replaced by then
+        if len(calls) == 12:  # the second block: norms have absorbed and linears are replaced by then
             assert any(isinstance(module, TwinLinear) for module in model.modules())
             raise error
         return real(problem, transform)
 
-    monkeypatch.setattr(api, "quantize_site", fails)
+    monkeypatch.setattr(select, "quantize_site", fails)
     with pytest.raises(type(error)):
         quantize(model)
-    assert len(calls) == 6
+    assert len(calls) == 12
     assert_unchanged(model, before)
     assert torch.equal(logits(model.eval()), expected)
     monkeypatch.undo()

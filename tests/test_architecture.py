@@ -17,7 +17,7 @@ LAYERS = (
     ("errors", "config"),
     ("methods", "ops", "data", "progress", "evaluate"),
     ("passes", "kernels", "recipes"),
-    ("calibration", "modules", "reporting", "checkpoint", "output_head"),
+    ("calibration", "modules", "reporting", "checkpoint", "output_head", "block_tuning"),
     ("api", "backend", "hf", "exporters"),
     ("demo", "tuner", "cli", "__main__"),
 )

@@ -10,7 +10,7 @@ from tqcompile.errors import ConfigError, TQError
 
 
 def test_schemes_are_every_method_at_every_width():
-    assert len(SCHEMES) == len(set(SCHEMES)) == 12
+    assert len(SCHEMES) == len(set(SCHEMES)) == 18
     for name in SCHEMES:
         scheme = Scheme.parse(name)
         assert scheme.name == name
@@ -46,8 +46,9 @@ def test_unknown_scheme_lists_the_known_ones(name):
         ({"group_size": -64}, "group_size must be a positive multiple of 32, got -64"),
         ({"group_size": 100}, "group_size must be a positive multiple of 32, got 100"),
         ({"group_size": "128"}, "group_size must be an integer, got '128'"),
-        ({"steps": 1}, "steps=1: learned transforms are not available yet; use steps=0"),
-        ({"steps": -1}, "steps=-1: "),
+        ({"steps": -1}, "steps and tune must not be negative, got -1, "),
+        ({"tune": -3}, "steps and tune must not be negative, got "),
+        ({"tune": 2.0}, "tune must be an integer, got 2.0"),
         ({"samples": 0}, "samples must be positive"),
         ({"samples": None}, "samples must be an integer, got None"),
         ({"seq_len": 1}, "seq_len at least 2"),

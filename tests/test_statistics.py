@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tqcompile.methods.statistics import HELD_OUT_ROWS, ROWS, StatisticsCollector
+from tqcompile.methods.statistics import HELD_OUT_ROWS, ROWS, StatisticsCollector, balance_tokens
 
 
 def rows(t, k=9, seed=0):
@@ -67,3 +67,33 @@ def test_everything_is_kept_in_float32(dtype):
     for tensor in (found.hessian, found.absmax, found.rows, found.held_out):
         assert tensor.dtype == torch.float32
         assert not tensor.requires_grad
+
+
+def test_balanced_tokens_have_bounded_norms_and_keep_their_directions():
+    x = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
+    x[7] *= 1e4
+    x[8] *= 1e-4
+    x[9] = 0
+    y = balance_tokens(x)
+    energy = y.square().mean(1)
+    assert (energy <= 1 + 1e-5).all()
+    assert energy[7] > 0.99
+    assert energy[8] < 1e-5
+    assert torch.equal(y[9], torch.zeros(16))
+    expected = x[:9] / x[:9].norm(dim=1, keepdim=True)
+    assert (y[:9] / y[:9].norm(dim=1, keepdim=True) - expected).abs().max() < 1e-5
+    assert torch.allclose(balance_tokens(x * 3.0), y, rtol=1e-5)
+    assert torch.equal(balance_tokens(torch.zeros(4, 8)), torch.zeros(4, 8))
+
+
+def test_a_balanced_collector_balances_training_rows_and_leaves_held_out_rows():
+    x = torch.randn(30, 8, generator=torch.Generator().manual_seed(1)) * torch.arange(1, 31)[:, None]
+    collector = StatisticsCollector(8, "cpu", 2, 1, balanced=True)
+    collector.add(x, held_out=False)
+    collector.add(x, held_out=True)
+    found, y = collector.finish(), balance_tokens(x)
+    assert found.balanced
+    assert torch.equal(found.rows, y)
+    assert torch.equal(found.held_out, x)
+    assert torch.allclose(found.hessian, y.t() @ y, rtol=1e-5)
+    assert torch.equal(found.absmax, y.abs().amax(0))

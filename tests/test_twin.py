@@ -142,7 +142,7 @@ def test_the_description_fits_the_tensors(scheme):
         assert spec.rank == (8 if method in ("twin", "svdquant") else 0)
         assert spec.low_rank_bits == (16 if method == "svdquant" else 4)
         assert (spec.act_bits, spec.group_size) == (bits, 64)
-        assert spec.rotation_block == (64 if method == "twin" else 0)
+        assert spec.rotation_block == (64 if method in ("twin", "quarot", "spinquant") else 0)
         assert (spec.act_ratio > 0) == (bits == 4)
         assert spec.scaled == ("transform.input_scale" in tensors) == (transform.scale is not None)
         assert torch.equal(tensors["bias"], bias)

@@ -4,7 +4,9 @@ check -> load data -> capture and analyse -> per block: calibrate -> choose scal
 -> quantize -> replace -> measure -> freeze -> torch.compile
 """
 
+import collections
 import contextlib
+import copy
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -14,21 +16,16 @@ import torch
 from torch import nn
 
 from tqcompile import recipes
-from tqcompile.calibration import Unit, collect_statistics, device_of, split_into_units
+from tqcompile.calibration import Unit, collect_statistics, device_of, held_out_batches, split_into_units
 from tqcompile.checkpoint import quantization_config
 from tqcompile.config import Config, Scheme
 from tqcompile.data import Batch, load_calibration
 from tqcompile.errors import ConfigError, ModelError
 from tqcompile.methods.components import QuantizedLinear
+from tqcompile.methods.recipe import RECIPES
+from tqcompile.methods.select import Solution, solve_site
 from tqcompile.methods.statistics import SiteStatistics
-from tqcompile.methods.twin import (
-    SiteProblem,
-    SiteTransform,
-    absorbed,
-    choose_scale,
-    closed_form_transform,
-    quantize_site,
-)
+from tqcompile.methods.twin import SiteProblem, absorbed
 from tqcompile.modules import QUANTIZED, TwinLinear
 from tqcompile.output_head import leave_head, quantize_head
 from tqcompile.passes.absorb_scale import absorb_into_norm, producer_channel, producer_scale
@@ -36,7 +33,8 @@ from tqcompile.passes.analyze import analyze
 from tqcompile.passes.plan import Absorber, Site
 from tqcompile.passes.replace_linear import Journal
 from tqcompile.progress import Progress
-from tqcompile.reporting import LayerRecord, Report, output_error, stored_bits
+from tqcompile.reporting import BlockRecord, LayerRecord, Report, output_error, stored_bits
+from tqcompile.block_tuning import tune_block
 
 
 def compile(
@@ -161,7 +159,11 @@ def _quantize(
         reasons = "; ".join(f"{name}: {why}" for name, why in list(plan.skipped.items())[:5])
         raise ModelError(f"no layer of {type(model).__name__} can be quantized ({reasons}).")
     report = Report(config.to_dict(), skipped=dict(plan.skipped), notes=list(plan.notes))
-    units = split_into_units(model, plan.sites, batches) if batches else [Unit("model", list(plan.sites), None)]
+    recipe = RECIPES[Scheme.parse(config.scheme).method]
+    tune = recipe.tune and config.tune > 0
+    units = [Unit("model", list(plan.sites), None)]
+    if batches:
+        units = split_into_units(model, plan.sites, batches, targets=tune)
     if not batches:
         report.notes.append("no calibration data: identity Hessian, no scales, errors not measured")
     elif len(batches) == 1:
@@ -170,8 +172,11 @@ def _quantize(
     with Progress(progress, f"tqcompile {config.scheme}", len(plan.sites)) as bar:
         for unit in units:
             device = config.device or device_of(model)
-            statistics = collect_statistics(model, unit, batches, device) if batches else {}
-            quantized |= _quantize_unit(model, unit, statistics, config, journal, report, bar, absorb)
+            statistics = collect_statistics(model, unit, batches, device, recipe.balance) if batches else {}
+            results = _quantize_unit(model, unit, statistics, config, journal, report, bar, absorb)
+            if tune and len(unit.calls) > 1:
+                results = _tune_unit(model, unit, results, config, journal, report, bar, absorb)
+            quantized |= results
     if config.lm_head != "keep":
         quantize_head(model, config, batches, journal, report)
     return quantized, report
@@ -187,31 +192,34 @@ def _quantize_unit(
     bar: Progress,
     absorb: bool,
 ) -> dict[str, QuantizedLinear]:
-    """Quantize and replace the linears of one unit: all scales first, since one site's scale moves into another."""
+    """Quantize and replace the linears of one unit.
+
+    Last site first: the scale of a site may divide rows of a linear before it, which must be known to quantize that.
+    """
     row_scales: dict[str, torch.Tensor] = {}
-    prepared = [
-        _prepare_site(model, unit, site, statistics.get(site), config, journal, row_scales, absorb)
-        for site in unit.sites
-    ]
+    solved = []
+    for site in reversed(unit.sites):
+        work = _solve_site(model, unit, site, statistics.get(site), config, journal, row_scales, bar, absorb)
+        bar.advance(site.name, work.solution.error)
+        solved.append(work)
     results: dict[str, QuantizedLinear] = {}
-    for work in prepared:
-        results |= _quantize_prepared(model, work, row_scales, journal, report)
-        bar.advance(work.site.name, report.layers[-1].error)
+    for work in reversed(solved):
+        results |= _replace_site(model, work, journal, report)
     return results
 
 
 @dataclasses.dataclass
-class _Prepared:
-    """A site with its scale (K,) or None, and the absorber that applies the scale's reciprocal, or None."""
+class _Solved:
+    """A quantized site, and the absorber that applies the reciprocal of its scale, or None."""
 
     site: Site
     problem: SiteProblem
-    scale: torch.Tensor | None
+    solution: Solution
     absorber: Absorber | None
     seconds: float
 
 
-def _prepare_site(
+def _solve_site(
     model: nn.Module,
     unit: Unit,
     site: Site,
@@ -219,9 +227,10 @@ def _prepare_site(
     config: Config,
     journal: Journal,
     row_scales: dict[str, torch.Tensor],
+    bar: Progress,
     absorb: bool,
-) -> _Prepared:
-    """Choose a site's scale and hand it to its absorber: into the norm now, into ``row_scales`` for a linear."""
+) -> _Solved:
+    """Quantize a site and hand its scale to its absorber: into the norm now, into ``row_scales`` for a linear."""
     began = time.perf_counter()
     linears = [model.get_submodule(name) for name in site.linears]
     device = config.device or linears[0].weight.device
@@ -230,36 +239,36 @@ def _prepare_site(
     absorber = site.absorber if site.absorber and absorb and _can_absorb(site.absorber, unit) else None
     tie = producer_channel(absorber, weights[0].shape[1]).to(device) if absorber else None
     problem = SiteProblem(weights, biases, statistics, Scheme.parse(config.scheme), config, tie, site.name)
-    scale = choose_scale(problem)
-    if scale is None:
-        absorber = None
-    elif absorber is not None and absorber.kind == "norm":
-        norm = model.get_submodule(absorber.module)
-        journal.remember(norm)
-        scale = absorb_into_norm(norm, scale).to(device)
-    elif absorber is not None:
-        row_scales[absorber.module] = producer_scale(absorber, scale)
-    return _Prepared(site, problem, scale, absorber, time.perf_counter() - began)
-
-
-def _quantize_prepared(
-    model: nn.Module, work: _Prepared, row_scales: dict[str, torch.Tensor], journal: Journal, report: Report
-) -> dict[str, QuantizedLinear]:
-    """Transform, quantize, replace and measure the linears of one site."""
-    began = time.perf_counter()
-    problem, site = work.problem, work.site
     for index, name in enumerate(site.linears):
         if name in row_scales:
             problem.divide_rows(index, row_scales[name])
-    transform = closed_form_transform(problem, work.scale)
-    quantized = quantize_site(problem, transform)
+    norm = model.get_submodule(absorber.module) if absorber and absorber.kind == "norm" else None
+
+    def applied(scale: torch.Tensor) -> torch.Tensor:
+        return scale if norm is None else absorb_into_norm(copy.deepcopy(norm), scale).to(scale)
+
+    solution = solve_site(problem, applied, lambda loss: bar.show(site.name, loss))
+    scale = solution.transform.scale
+    if scale is None:
+        absorber = None
+    elif norm is not None:
+        journal.remember(norm)
+        absorb_into_norm(norm, scale)
+    elif absorber is not None:
+        row_scales[absorber.module] = producer_scale(absorber, scale)
+    return _Solved(site, problem, solution, absorber, time.perf_counter() - began)
+
+
+def _replace_site(model: nn.Module, work: _Solved, journal: Journal, report: Report) -> dict[str, QuantizedLinear]:
+    """Replace and measure the linears of one site."""
+    problem, site, solution = work.problem, work.site, work.solution
+    quantized = solution.quantized
     if work.absorber is not None:
         quantized = [absorbed(result) for result in quantized]
-    seconds = (work.seconds + time.perf_counter() - began) / len(site.linears)
     for name, weight, result in zip(site.linears, problem.weights, quantized, strict=True):
         layer, error = TwinLinear.from_quantized(result), None
         if problem.statistics is not None:
-            outside = work.scale if work.absorber is not None else None
+            outside = solution.transform.scale if work.absorber is not None else None
             error = output_error(layer, weight, problem.statistics.held_out, outside)
         report.layers.append(
             LayerRecord(
@@ -269,12 +278,60 @@ def _quantize_prepared(
                 rank=result.spec.rank,
                 error=error,
                 bits=stored_bits(layer),
-                transform=_describe(transform, site, work.absorber),
-                seconds=seconds,
+                transform=_describe(solution, site, work.absorber),
+                seconds=work.seconds / len(site.linears),
+                closed_error=solution.closed_error,
+                learned_error=solution.learned_error,
             )
         )
         journal.replace(name, layer.to(model.get_submodule(name).weight.device))
     return dict(zip(site.linears, quantized, strict=True))
+
+
+def _tune_unit(
+    model: nn.Module,
+    unit: Unit,
+    results: dict[str, QuantizedLinear],
+    config: Config,
+    journal: Journal,
+    report: Report,
+    bar: Progress,
+    absorb: bool,
+) -> dict[str, QuantizedLinear]:
+    """Tune a quantized block; keep it where its held-out output is closer to that of the full-precision block."""
+    began = time.perf_counter()
+    block, prefix = model.get_submodule(unit.name), f"{unit.name}."
+    held = held_out_batches(len(unit.calls))
+    # What is not absorbed is applied to a model that stays as it is, so its norms must not change.
+    vectors = _own_vectors(model, block) if absorb else []
+    tuned = tune_block(
+        block,
+        {name.removeprefix(prefix): result for name, result in results.items()},
+        vectors,
+        unit.calls[:-held],
+        unit.calls[-held:],
+        config.tune,
+        torch.Generator().manual_seed(config.seed),
+        lambda loss: bar.show(f"tuning {unit.name}", loss),
+    )
+    kept = tuned.after < tuned.before
+    report.blocks.append(BlockRecord(unit.name, tuned.before, tuned.after, kept, time.perf_counter() - began))
+    if not kept:
+        return results
+    for name, values in tuned.vectors.items():
+        owner = block.get_submodule(name.rpartition(".")[0])
+        journal.remember(owner)
+        block.get_parameter(name).copy_(values)
+    for name, result in tuned.linears.items():
+        device = block.get_submodule(name).residual.weight_packed.device
+        journal.replace(prefix + name, TwinLinear.from_quantized(result).to(device))
+    return {prefix + name: result for name, result in tuned.linears.items()}
+
+
+def _own_vectors(model: nn.Module, block: nn.Module) -> list[str]:
+    """Names of the one-dimensional floating-point parameters that this block alone reads."""
+    uses = collections.Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return [name for name, p in block.named_parameters() if p.dim() == 1 and p.is_floating_point() and uses[id(p)] == 1]
 
 
 def _can_absorb(absorber: Absorber, unit: Unit) -> bool:
@@ -284,10 +341,11 @@ def _can_absorb(absorber: Absorber, unit: Unit) -> bool:
     return unit.name == "model" or absorber.module.startswith(f"{unit.name}.")
 
 
-def _describe(transform: SiteTransform, site: Site, absorber: Absorber | None) -> str:
-    parts = []
+def _describe(solution: Solution, site: Site, absorber: Absorber | None) -> str:
+    transform, parts = solution.transform, []
     if transform.rotation is not None:
-        parts.append(f"hadamard{transform.rotation.shape[0]} on-line")
+        kind = "hadamard" if transform.rotation_signs else "learned rotation "
+        parts.append(f"{kind}{transform.rotation.shape[0]} on-line")
     if transform.scale is not None:
         parts.append(f"scale in {absorber.module}" if absorber else f"scale on-line ({site.reason or 'no absorber'})")
     return ", ".join(parts) or "none"

@@ -21,12 +21,28 @@ HELD_OUT_FRACTION = 8
 
 
 @dataclasses.dataclass
+class BlockCall:
+    """One batch of a block: block(hidden, *args, **kwargs) should give target; hidden and target (B, S, K)."""
+
+    hidden: torch.Tensor
+    args: tuple
+    kwargs: dict[str, Any]
+    target: torch.Tensor
+
+
+@dataclasses.dataclass
 class Unit:
-    """Sites that are calibrated together. run: pushes every calibration batch through the code that holds them."""
+    """Sites that are calibrated together.
+
+    run: pushes every calibration batch through the code that holds them. calls: for a block, what it is called with
+    (outputs of the quantized blocks before it) and what the full-precision model has behind it, one a batch; empty
+    where this was not asked for or the unit is no block.
+    """
 
     name: str
     sites: list[Site]
     run: Callable[[Callable[[int], None]], None]
+    calls: list[BlockCall] = dataclasses.field(default_factory=list)
 
 
 class _Stop(Exception):
@@ -39,9 +55,11 @@ def held_out_batches(batches: int) -> int:
 
 
 def collect_statistics(
-    model: nn.Module, unit: Unit, batches: list[Batch], device: torch.device | str
+    model: nn.Module, unit: Unit, batches: list[Batch], device: torch.device | str, balanced: bool = False
 ) -> dict[Site, SiteStatistics]:
     """Run a unit over all batches and gather the statistics of every site's input.
+
+    balanced: see ``SiteStatistics``.
 
     Raises:
         CalibrationError: an activation is NaN or infinite, or a site is never reached; names the module.
@@ -62,7 +80,7 @@ def collect_statistics(
                     f"overflows in {x.dtype} or its weights are damaged; try float32 or other data."
                 )
             if site not in collectors:
-                collectors[site] = StatisticsCollector(x.shape[-1], device, len(batches), held)
+                collectors[site] = StatisticsCollector(x.shape[-1], device, len(batches), held, balanced)
             collectors[site].add(rows, held_out=current >= len(batches) - held)
 
         return hook
@@ -85,8 +103,12 @@ def collect_statistics(
     return {site: collector.finish() for site, collector in collectors.items()}
 
 
-def split_into_units(model: nn.Module, sites: tuple[Site, ...], batches: list[Batch]) -> Iterator[Unit]:
+def split_into_units(
+    model: nn.Module, sites: tuple[Site, ...], batches: list[Batch], targets: bool = False
+) -> Iterator[Unit]:
     """Yield the units of a model in forward order; the caller quantizes each before asking for the next.
+
+    targets: give blocks their ``calls``, which costs another pass over the data and a second set of hidden states.
 
     The sites of a stack of blocks (the ``nn.ModuleList`` that holds most sites) come block by block; everything
     else comes last, in one unit over the whole model.
@@ -99,8 +121,9 @@ def split_into_units(model: nn.Module, sites: tuple[Site, ...], batches: list[Ba
             name = f"{prefix}.{index}"
             inside = [site for site in sites if site.linears[0].startswith(name + ".")]
             rest = [site for site in rest if site not in inside]
+            calls = driver.calls(index) if targets else []
             if inside:
-                yield Unit(name, inside, lambda start, index=index: driver.run(index, start))
+                yield Unit(name, inside, lambda start, index=index: driver.run(index, start), calls)
             if index < count - 1:
                 driver.advance(index)
     if rest:
@@ -142,6 +165,7 @@ class _BlockDriver:
 
     def __init__(self, blocks, hidden, extra_args, kwargs):
         self._blocks, self._hidden, self._extra, self._kwargs = blocks, hidden, extra_args, kwargs
+        self._exact = list(hidden)
 
     @staticmethod
     def record(model: nn.Module, prefix: str, count: int, batches: list[Batch]) -> "_BlockDriver | None":
@@ -189,14 +213,20 @@ class _BlockDriver:
         """Push every batch through block ``index``; results are discarded."""
         for batch in range(len(self._hidden)):
             start(batch)
-            self._call(index, batch)
+            self._call(index, batch, self._hidden[batch])
+
+    def calls(self, index: int) -> list[BlockCall]:
+        """Of block ``index``, which must still be the full-precision one; to be asked for every block in order."""
+        self._exact = [self._call(index, batch, hidden) for batch, hidden in enumerate(self._exact)]
+        parts = zip(self._hidden, self._extra, self._kwargs, self._exact, strict=True)
+        return [BlockCall(hidden, extra[index], kwargs[index], exact) for hidden, extra, kwargs, exact in parts]
 
     def advance(self, index: int) -> None:
         """Replace the hidden states by the outputs of block ``index``, as it is now."""
-        self._hidden = [self._call(index, batch) for batch in range(len(self._hidden))]
+        self._hidden = [self._call(index, batch, hidden) for batch, hidden in enumerate(self._hidden)]
 
-    def _call(self, index: int, batch: int) -> torch.Tensor:
+    def _call(self, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        # The block is looked up anew: its linears are replaced while this runs.
         with torch.no_grad():
-            block = self._blocks[index]
-            out = block(self._hidden[batch], *self._extra[batch][index], **self._kwargs[batch][index])
+            out = self._blocks[index](hidden, *self._extra[batch][index], **self._kwargs[batch][index])
         return out[0] if isinstance(out, tuple) else out

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from tqcompile.errors import ConfigError
 
-METHODS = ("twin", "rtn", "gptq", "svdquant")
+METHODS = ("twin", "rtn", "gptq", "svdquant", "quarot", "spinquant")
 DEFAULT_IGNORE = ("lm_head",)
 HEADS = ("keep", "w8a16", "w4a16")
 _SCHEME = re.compile(r"(?P<method>[a-z0-9]+)-w(?P<w>\d+)a(?P<a>\d+)")
@@ -46,8 +46,8 @@ class Config:
     ignore: modules left alone. A plain name matches where its dotted parts occur in a module's name
         (``"lm_head"``, ``"layers.0"``, ``"model.layers.0.mlp.down_proj"``); ``"re:..."`` is a regular
         expression that must match the whole name. A pattern that matches nothing is an error.
-    steps: learning steps per site. 0 takes the closed-form transforms; learned ones are not available yet, so any
-        other value is refused.
+    steps: learning steps per site (twin and spinquant). 0 takes the closed-form transforms.
+    tune: steps of block tuning after a block is quantized (twin). 0 leaves it out.
     samples: at most this many calibration sequences are used. seq_len: length of the windows that texts are cut to.
     seed: seeds every random choice (signs of the Hadamard rotation, sketches of large SVDs).
     lm_head: what becomes of the output head: "keep" leaves it as it is, "w8a16" and "w4a16" round its weights to 8 or 4
@@ -60,7 +60,8 @@ class Config:
     rank: int = 32
     group_size: int = 128
     ignore: tuple[str, ...] = DEFAULT_IGNORE
-    steps: int = 0
+    steps: int = 100
+    tune: int = 0
     samples: int = 128
     seq_len: int = 512
     seed: int = 0
@@ -69,7 +70,7 @@ class Config:
 
     def __post_init__(self):
         Scheme.parse(self.scheme)
-        for field in ("rank", "group_size", "steps", "samples", "seq_len", "seed"):
+        for field in ("rank", "group_size", "steps", "tune", "samples", "seq_len", "seed"):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ConfigError(f"{field} must be an integer, got {value!r}")
@@ -77,8 +78,8 @@ class Config:
             raise ConfigError(f"rank must be even and between 8 and 128, got {self.rank}")
         if self.group_size < 32 or self.group_size % 32:
             raise ConfigError(f"group_size must be a positive multiple of 32, got {self.group_size}")
-        if self.steps:
-            raise ConfigError(f"steps={self.steps}: learned transforms are not available yet; use steps=0")
+        if self.steps < 0 or self.tune < 0:
+            raise ConfigError(f"steps and tune must not be negative, got {self.steps}, {self.tune}")
         if self.lm_head not in HEADS:
             raise ConfigError(f"lm_head must be one of {', '.join(HEADS)}, got {self.lm_head!r}")
         if self.samples < 1 or self.seq_len < 2:

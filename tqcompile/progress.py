@@ -34,6 +34,11 @@ class Progress:
             shown = f"{name} error {error:.4f}" if error is not None else name
             self._bar.update(self._task, advance=1, last=shown)
 
+    def show(self, name: str, loss: float) -> None:
+        """The site being learned, and its loss."""
+        if self._bar is not None:
+            self._bar.update(self._task, last=f"{name} loss {loss:.5f}")
+
     def __exit__(self, *_exc) -> None:
         if self._bar is not None:
             self._bar.stop()

@@ -32,14 +32,20 @@ def svd_factors(w: torch.Tensor, rank: int, generator: torch.Generator) -> LowRa
     Both factors carry the square root of the singular values and are mixed by an orthogonal (R, R) matrix, so
     that no row or column dominates a 4-bit scale. All but small matrices use a randomised SVD seeded by ``generator``.
     """
-    if min(w.shape) <= 2 * (rank + OVERSAMPLING):
-        u, s, vh = torch.linalg.svd(w, full_matrices=False)
-        u, s, v = u[:, :rank], s[:rank], vh[:rank].t()
-    else:
-        u, s, v = _randomised_svd(w, rank, generator)
+    u, s, v = truncated_svd(w, rank, generator)
     root = s.clamp_min(0).sqrt()
     mix = mixing_matrix(rank, generator).to(w)
     return LowRank(up=(u * root) @ mix, down=mix.t() @ (v * root).t())
+
+
+def truncated_svd(
+    w: torch.Tensor, rank: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The R largest singular values of (N, K) ``w`` and their vectors: (N, R), (R,), (K, R)."""
+    if min(w.shape) <= 2 * (rank + OVERSAMPLING):
+        u, s, vh = torch.linalg.svd(w, full_matrices=False)
+        return u[:, :rank], s[:rank], vh[:rank].t()
+    return _randomised_svd(w, rank, generator)
 
 
 def _randomised_svd(w: torch.Tensor, rank: int, generator: torch.Generator):

@@ -12,7 +12,9 @@ from tqcompile.methods.components import QuantizedLinear
 class Recipe:
     """smooth: diagonal scale. rotate: signed block Hadamard. low_rank_bits: 0 (none), 4 or 16. gptq: else round to
     nearest. clip: search clipping scales (weights, 4-bit activations) instead of using the full range. grid: the
-    residual's scales of a row are integer multiples 1 to 16 of one number."""
+    residual's scales of a row are integer multiples 1 to 16 of one number. learn: the transform may be learned.
+    balance: tokens count about equally, whatever their norm (``statistics.balance_tokens``). tune: blocks may be tuned
+    after they are quantized."""
 
     smooth: bool
     rotate: bool
@@ -20,6 +22,9 @@ class Recipe:
     gptq: bool
     clip: bool
     grid: bool = False
+    learn: bool = False
+    balance: bool = False
+    tune: bool = False
 
 
 RECIPES = {
@@ -27,7 +32,13 @@ RECIPES = {
     "gptq": Recipe(smooth=False, rotate=False, low_rank_bits=0, gptq=True, clip=True),
     # SVDQuant (arXiv 2411.05007) with its GPTQ option: the stronger of its two forms.
     "svdquant": Recipe(smooth=True, rotate=False, low_rank_bits=16, gptq=True, clip=True),
-    "twin": Recipe(smooth=True, rotate=True, low_rank_bits=4, gptq=True, clip=True, grid=True),
+    # Hadamard + GPTQ, as in QuaRot (arXiv 2404.00456), and a learned rotation, scale and clips, as in SpinQuant
+    # (arXiv 2405.16406) and FlatQuant; both without a low rank, and both on-line at every site.
+    "quarot": Recipe(smooth=False, rotate=True, low_rank_bits=0, gptq=True, clip=True),
+    "spinquant": Recipe(smooth=True, rotate=True, low_rank_bits=0, gptq=True, clip=True, learn=True),
+    "twin": Recipe(
+        smooth=True, rotate=True, low_rank_bits=4, gptq=True, clip=True, grid=True, learn=True, balance=True, tune=True
+    ),
 }
 
 

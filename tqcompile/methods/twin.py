@@ -155,20 +155,22 @@ def choose_scale(problem: SiteProblem) -> torch.Tensor | None:
     return best
 
 
-def _without_clip(problem: SiteProblem, scale: torch.Tensor | None, w: torch.Tensor) -> SiteTransform:
+def _without_clip(
+    problem: SiteProblem, scale: torch.Tensor | None, w: torch.Tensor, factors: bool = True
+) -> SiteTransform:
     recipe, config, generator = problem.recipe, problem.config, problem.generator()
     block = rotation_block(w.shape[1]) if recipe.rotate else 0
     signs = random_signs(block, generator) if block else ""
     rotation = signed_hadamard(signs).to(w) if block else None
     clip = DEFAULT_CLIP if recipe.clip else 1.0
     transform = SiteTransform(scale, rotation, act_ratio_for(problem.scheme, clip), None, signs)
-    if recipe.low_rank_bits:
-        factors = svd_factors(transform.weights(w), config.rank, generator)
+    if recipe.low_rank_bits and factors:
+        low = svd_factors(transform.weights(w), config.rank, generator)
         if recipe.low_rank_bits == 4:
-            factors = quantize_factors(factors, config.group_size)
+            low = quantize_factors(low, config.group_size)
         else:
-            factors = LowRank(*(f.to(torch.bfloat16).float() for f in (factors.up, factors.down)))
-        transform.factors = factors
+            low = LowRank(*(f.to(torch.bfloat16).float() for f in (low.up, low.down)))
+        transform.factors = low
     return transform
 
 
@@ -186,12 +188,12 @@ def _rounding_error(problem: SiteProblem, transform: SiteTransform, w: torch.Ten
     return float((y - rows @ target.t()).square().sum())
 
 
-def closed_form_transform(problem: SiteProblem, scale: torch.Tensor | None) -> SiteTransform:
-    """Rotation, rounded low rank and activation clip for a given scale (K,) or None."""
+def closed_form_transform(problem: SiteProblem, scale: torch.Tensor | None, factors: bool = True) -> SiteTransform:
+    """Rotation, rounded low rank and activation clip for a given scale (K,) or None; factors: with the low rank."""
     w = problem.stacked()
     require_finite(w, f"{problem.name}: weights", "The checkpoint is damaged, or training diverged.")
-    transform = _without_clip(problem, scale, w)
-    if problem.scheme.act_bits == 4 and problem.recipe.clip and problem.statistics is not None:
+    transform = _without_clip(problem, scale, w, factors)
+    if factors and problem.scheme.act_bits == 4 and problem.recipe.clip and problem.statistics is not None:
         rows = transform.activations(problem.statistics.rows)
         target = transform.weights(w)
         residual = target - transform.factors.product() if transform.factors else target
@@ -201,6 +203,27 @@ def closed_form_transform(problem: SiteProblem, scale: torch.Tensor | None) -> S
             return float(((coarse - rows) @ residual.t()).square().sum())
 
         transform.act_ratio = act_ratio_for(problem.scheme, min(ACTIVATION_CLIPS, key=error))
+    return transform
+
+
+def learned_transform(
+    problem: SiteProblem,
+    scale: torch.Tensor | None,
+    rotation: torch.Tensor | None,
+    down: torch.Tensor | None,
+    up_of: torch.Tensor | None,
+    clip: float,
+    signs: str = "",
+) -> SiteTransform:
+    """A transform from learned parts: scale s (K,), rotation Q (b, b), down (R, K), and up = W~ ``up_of`` (K, R).
+
+    signs: of a rotation that stayed a signed Hadamard. The rotation is rounded to bfloat16, as it is stored.
+    """
+    rotation = None if rotation is None else rotation.to(torch.bfloat16).float()
+    transform = SiteTransform(scale, rotation, act_ratio_for(problem.scheme, clip), None, signs)
+    if down is not None:
+        up = transform.weights(problem.stacked()) @ up_of
+        transform.factors = quantize_factors(LowRank(up, down), problem.config.group_size)
     return transform
 
 

@@ -1,0 +1,210 @@
+"""Block tuning: a quantized decoder block is adjusted until its output is that of the full-precision block.
+
+Input: what the quantized blocks before it give; target: what the full-precision model has behind the block. Tuned are
+the 4-bit codes (straight through their rounding), the scales of the low-rank factors, biases, the clip of 4-bit
+activations and the block's other vectors (gains and biases of norms). Scales of the residual and transforms stay.
+Everything is computed in float32, whatever the model's dtype.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from tqcompile.calibration import BlockCall
+from tqcompile.methods.components import QuantizedLinear
+from tqcompile.methods.learn import BETAS, cosine, fake_quantize_activation, fast_matmul, straight_round
+from tqcompile.methods.rounding import QMAX, QMIN, storable
+from tqcompile.ops.packing import pack_int4, unpack_int4
+from tqcompile.ops.quantize_activation import transform_activation
+
+LR_CODES = 0.02  # in steps of the integer grid
+LR_SCALE = 2e-3  # relative
+LR_VECTOR = 1e-3  # relative to the vector's largest entry
+LR_CLIP = 5e-3
+TOKENS = 2048
+
+
+class _Codes(nn.Module):
+    """A 4-bit matrix (N, K) whose codes are learned; its scale (N, G) too where ``scaled``."""
+
+    def __init__(self, packed: torch.Tensor, scale: torch.Tensor, scaled: bool):
+        super().__init__()
+        self.codes = nn.Parameter(unpack_int4(packed).float())
+        self.scale = scale.float()
+        self.log_factor = nn.Parameter(torch.zeros_like(self.scale)) if scaled else None
+
+    def stored_scale(self) -> torch.Tensor:
+        if self.log_factor is None:
+            return self.scale
+        exact = self.scale * self.log_factor.exp()
+        return exact + (storable(exact) - exact).detach()
+
+    def forward(self) -> torch.Tensor:
+        codes = straight_round(self.codes).clamp(QMIN, QMAX)
+        return (codes.unflatten(-1, (self.scale.shape[1], -1)) * self.stored_scale().unsqueeze(-1)).flatten(-2)
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        codes = self.codes.detach().round().clamp(QMIN, QMAX).to(torch.int8)
+        return {
+            f"{name}.weight_packed": pack_int4(codes),
+            f"{name}.weight_scale": self.stored_scale().detach().to(torch.bfloat16),
+        }
+
+
+class TunableLinear(nn.Module):
+    """The differentiable form of a ``TwinLinear`` with 4-bit components; x (..., K) float32 -> (..., N)."""
+
+    def __init__(self, quantized: QuantizedLinear, device: torch.device):
+        super().__init__()
+        spec, tensors = quantized.spec, {n: t.to(device) for n, t in quantized.tensors.items()}
+        self.quantized, self.spec = quantized, spec
+        parts = ("residual", "down", "up") if spec.rank else ("residual",)
+        self.parts = nn.ModuleDict(
+            {n: _Codes(tensors[f"{n}.weight_packed"], tensors[f"{n}.weight_scale"], n != "residual") for n in parts}
+        )
+        self.bias = nn.Parameter(tensors["bias"].float().clone()) if "bias" in tensors else None
+        self.input_scale, self.rotation = tensors.get("transform.input_scale"), tensors.get("transform.rotation")
+        clip = QMAX / 127 / spec.act_ratio if spec.act_ratio else 1.0
+        self.clip = nn.Parameter(torch.tensor(clip, device=device)) if spec.act_ratio else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = transform_activation(x, self.input_scale, self.rotation)
+        fine = fake_quantize_activation(x, max(8, self.spec.act_bits))
+        residual = self.parts["residual"]()
+        if self.clip is None:
+            if self.spec.rank:
+                residual = residual + self.parts["up"]() @ self.parts["down"]()
+            return nn.functional.linear(fine, residual, self.bias)
+        y = nn.functional.linear(fake_quantize_activation(x, 4, self.clip), residual, self.bias)
+        if self.spec.rank:
+            y = y + nn.functional.linear(nn.functional.linear(fine, self.parts["down"]()), self.parts["up"]())
+        return y
+
+    def result(self) -> QuantizedLinear:
+        """What is stored now."""
+        device = next(iter(self.quantized.tensors.values())).device
+        tensors = dict(self.quantized.tensors)
+        for name, part in self.parts.items():
+            tensors |= part.tensors(name)
+        if self.bias is not None:
+            tensors["bias"] = self.bias.detach().to(tensors["bias"].dtype)
+        spec = self.spec
+        if self.clip is not None:
+            spec = dataclasses.replace(spec, act_ratio=QMAX / (127 * float(self.clip.detach())))
+        return QuantizedLinear(spec, {n: t.to(device) for n, t in tensors.items()})
+
+
+@dataclasses.dataclass
+class Tuned:
+    """linears: name inside the block -> what to store; vectors: parameter name -> values; losses on held-out calls."""
+
+    linears: dict[str, QuantizedLinear]
+    vectors: dict[str, torch.Tensor]
+    before: float
+    after: float
+
+
+def tune_block(
+    block: nn.Module,
+    linears: dict[str, QuantizedLinear],
+    vectors: list[str],
+    calls: list[BlockCall],
+    held_out: list[BlockCall],
+    steps: int,
+    generator: torch.Generator,
+    on_step: Callable[[float], None] = lambda loss: None,
+) -> Tuned:
+    """Tune one block; ``block`` itself is left as it was.
+
+    Args:
+        block: the module that holds the linears. linears: name inside the block -> quantized. vectors: names of
+            the one-dimensional parameters to tune. calls: to learn from; held_out: to measure before and after.
+        steps: each reads about TOKENS tokens of one call. generator: draws calls and rows. on_step: told the loss.
+    """
+    device = calls[0].hidden.device
+    tunable = {name: TunableLinear(quantized, device) for name, quantized in linears.items()}
+    student = _Student(block, tunable, vectors)
+    groups = [
+        {"params": [p for m in tunable.values() for n, p in m.named_parameters() if n.endswith(leaf)], "lr": lr}
+        for leaf, lr in (("codes", LR_CODES), ("log_factor", LR_SCALE), ("clip", LR_CLIP))
+    ]
+    biases = [m.bias for m in tunable.values() if m.bias is not None]
+    groups += [
+        {"params": [p], "lr": LR_VECTOR * max(float(p.detach().abs().max()), 1e-6)}
+        for p in [*student.vectors.values(), *biases]
+    ]
+    groups = [group | {"start": group["lr"]} for group in groups if group["params"]]
+    adam = torch.optim.Adam(groups, betas=BETAS)
+    before = student.held_out_loss(held_out)
+    with torch.enable_grad(), fast_matmul(device):
+        for step in range(steps):
+            call = calls[int(torch.randint(len(calls), (), generator=generator))]
+            count = max(1, TOKENS // call.hidden.shape[1])
+            rows = torch.randperm(len(call.hidden), generator=generator)[:count].to(device)
+            loss = student.loss(call, rows)
+            loss.backward()
+            for group in adam.param_groups:
+                group["lr"] = group["start"] * cosine(step, steps)
+            adam.step()
+            adam.zero_grad()
+            on_step(float(loss.detach()))
+    stored = {name: p.detach().to(block.get_parameter(name).dtype) for name, p in student.vectors.items()}
+    return Tuned({n: m.result() for n, m in tunable.items()}, stored, before, student.held_out_loss(held_out))
+
+
+class _Student:
+    """The block in float32 with tunable linears and vectors, called functionally."""
+
+    def __init__(self, block: nn.Module, tunable: dict[str, TunableLinear], vectors: list[str]):
+        self.module = _with_linears(block, tunable)
+        self.dtypes = {name: block.get_parameter(name).dtype for name in vectors}
+        self.vectors = {n: block.get_parameter(n).detach().float().clone().requires_grad_(True) for n in vectors}
+        fixed = [*self.module.named_parameters(), *self.module.named_buffers()]
+        self.fixed = {
+            n: t.float() if t.is_floating_point() else t
+            for n, t in fixed
+            if n not in vectors and not any(n.startswith(f"{name}.") for name in tunable)
+        }
+
+    def __call__(self, call: BlockCall, rows: torch.Tensor) -> torch.Tensor:
+        size = len(call.hidden)
+        hidden, args, kwargs = (_rows_of(v, size, rows) for v in (call.hidden, call.args, call.kwargs))
+        stored = {n: p + (p.to(self.dtypes[n]).float() - p).detach() for n, p in self.vectors.items()}
+        out = torch.func.functional_call(self.module, {**self.fixed, **stored}, (hidden, *args), kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def loss(self, call: BlockCall, rows: torch.Tensor) -> torch.Tensor:
+        """Mean over tokens of the squared error relative to the token's energy."""
+        target = call.target[rows].float()
+        energy = target.square().sum(-1)
+        error = (self(call, rows) - target).square().sum(-1)
+        return (error / energy.clamp_min(torch.finfo(torch.float32).tiny)).mean()
+
+    @torch.no_grad()
+    def held_out_loss(self, calls: list[BlockCall]) -> float:
+        losses = [self.loss(c, row[None]) for c in calls for row in torch.arange(len(c.hidden), device=c.hidden.device)]
+        return float(torch.stack(losses).mean())
+
+
+def _with_linears(block: nn.Module, tunable: dict[str, TunableLinear]) -> nn.Module:
+    """The block with other modules in the place of its linears; all other modules are copied without their tensors."""
+    memo = {id(t): t for t in [*block.parameters(), *block.buffers()]}
+    for name in tunable:
+        memo[id(block.get_submodule(name))] = tunable[name]
+    return copy.deepcopy(block, memo)
+
+
+def _rows_of(value: Any, size: int, rows: torch.Tensor) -> Any:
+    """The given rows of every tensor of batch size ``size`` inside tuples, lists and dicts; floats in float32."""
+    if isinstance(value, torch.Tensor):
+        value = value[rows] if value.dim() and len(value) == size else value
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_rows_of(v, size, rows) for v in value)
+    if isinstance(value, dict):
+        return {name: _rows_of(v, size, rows) for name, v in value.items()}
+    return value

@@ -1,0 +1,125 @@
+"""Both solutions of a site, closed form and learned, and the choice between them on rows used for neither."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from tqcompile.methods.components import QuantizedLinear
+from tqcompile.methods.learn import Objective, learn, learned_rotation
+from tqcompile.methods.statistics import balance_tokens
+from tqcompile.methods.twin import (
+    SiteProblem,
+    SiteTransform,
+    choose_scale,
+    closed_form_transform,
+    learned_transform,
+    quantize_site,
+    quantized_operands,
+)
+from tqcompile.ops.packing import dequantize_int4
+
+# Up to this many channels a step on rows with the Hessian of all tokens costs no more than one on a sample.
+HESSIAN_CHANNELS = 1024
+
+
+@dataclasses.dataclass
+class Solution:
+    """A site's transform and quantized linears; held-out relative errors of both candidates (None: not made)."""
+
+    transform: SiteTransform
+    quantized: list[QuantizedLinear]
+    closed_error: float | None = None
+    learned_error: float | None = None
+
+    @property
+    def learned(self) -> bool:
+        return self.learned_error is not None and self.learned_error < self.closed_error
+
+    @property
+    def error(self) -> float | None:
+        """Of the candidate that was kept."""
+        return self.learned_error if self.learned else self.closed_error
+
+
+def solve_site(
+    problem: SiteProblem,
+    applied: Callable[[torch.Tensor], torch.Tensor] = lambda scale: scale,
+    on_step: Callable[[float], None] = lambda loss: None,
+) -> Solution:
+    """Quantize a site in closed form and, where its recipe learns, also with a learned transform; keep the better.
+
+    Args:
+        applied: scale (K,) -> the scale that its absorber will really apply. on_step: see ``learn``.
+    Raises:
+        NumericError: weights are not finite, a Hessian cannot be factored, or learning diverges.
+    """
+    start = choose_scale(problem)
+    transform = closed_form_transform(problem, None if start is None else applied(start))
+    closed = Solution(transform, quantize_site(problem, transform))
+    if not (problem.recipe.learn and problem.config.steps and problem.statistics is not None):
+        return closed
+    transform = learn_transform(problem, start, applied, on_step)
+    learned = Solution(transform, quantize_site(problem, transform))
+    closed.closed_error = learned.closed_error = held_out_error(problem, closed)
+    closed.learned_error = learned.learned_error = held_out_error(problem, learned)
+    return learned if learned.learned else closed
+
+
+def learn_transform(
+    problem: SiteProblem,
+    scale: torch.Tensor | None,
+    applied: Callable[[torch.Tensor], torch.Tensor],
+    on_step: Callable[[float], None],
+) -> SiteTransform:
+    """The learned transform of a site, started from the closed form with ``scale`` (K,) or None."""
+    config, recipe, generator = problem.config, problem.recipe, problem.generator()
+    closed = closed_form_transform(problem, scale, factors=False)
+    w = problem.stacked()
+    rotation = closed.rotation
+    # A learned rotation is stored, a signed Hadamard is not: it must not outweigh the 4-bit codes of its site.
+    learn_rotation = rotation is not None and 16 * rotation.numel() <= 4 * w.numel()
+    if rotation is not None:
+        # A signed Hadamard in bfloat16 is orthogonal up to one factor.
+        rotation = rotation * (len(rotation) ** 0.5 / rotation.norm())
+    objective = Objective(w, scale, rotation, problem.tie, config.group_size, problem.scheme.act_bits)
+    start = objective.start(config.rank if recipe.low_rank_bits else 0, recipe.smooth, generator, learn_rotation)
+    rows = learning_rows(problem)
+    found = learn(objective, start, rows, config.steps, generator, on_step, problem.name)
+    scale = objective.scale_of(found)
+    down = None if found.frame is None else torch.linalg.solve(found.factor, found.frame.t())
+    return learned_transform(
+        problem,
+        scale=None if scale is None else applied(scale),
+        rotation=learned_rotation(objective, found) if learn_rotation else closed.rotation,
+        down=down,
+        up_of=None if found.frame is None else found.frame @ found.factor,
+        clip=float(torch.sigmoid(found.act_clip)),
+        signs="" if learn_rotation else closed.rotation_signs,
+    )
+
+
+def learning_rows(problem: SiteProblem) -> torch.Tensor:
+    """Rows (T, K) to learn on: the sample, or without activation rounding K rows with the Hessian of all tokens."""
+    statistics = problem.statistics
+    hessian = statistics.hessian
+    if problem.scheme.act_bits != 16 or len(hessian) > HESSIAN_CHANNELS:
+        return statistics.rows
+    damped = hessian.clone()
+    damped.diagonal().add_(1e-4 * hessian.diagonal().mean())
+    # Any X with X^T X = H has the same output errors as the tokens themselves.
+    return torch.linalg.cholesky(damped).t().contiguous()
+
+
+def held_out_error(problem: SiteProblem, solution: Solution) -> float:
+    """Relative output error of a site on held-out rows, weighted like the rows it was calibrated on."""
+    statistics, transform = problem.statistics, solution.transform
+    x = balance_tokens(statistics.held_out) if statistics.balanced else statistics.held_out
+    target = x @ problem.stacked().t()
+    coarse, fine = quantized_operands(transform.activations(x), problem.scheme.act_bits, transform.act_ratio)
+    tensors = [q.tensors for q in solution.quantized]
+    residual = torch.cat([dequantize_int4(t["residual.weight_packed"], t["residual.weight_scale"]) for t in tensors])
+    y = coarse @ residual.t()
+    if transform.factors is not None:
+        y = y + (fine @ transform.factors.down.t()) @ transform.factors.up.t()
+    return float((y - target).norm() / target.norm().clamp_min(1e-30))
