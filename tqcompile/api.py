@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tqcompile import recipes
+from tqcompile.block_tuning import tune_block
 from tqcompile.calibration import Unit, collect_statistics, device_of, held_out_batches, split_into_units
 from tqcompile.checkpoint import quantization_config
 from tqcompile.config import Config, Scheme
@@ -34,7 +35,6 @@ from tqcompile.passes.plan import Absorber, Site
 from tqcompile.passes.replace_linear import Journal
 from tqcompile.progress import Progress
 from tqcompile.reporting import BlockRecord, LayerRecord, Report, output_error, stored_bits
-from tqcompile.block_tuning import tune_block
 
 
 def compile(
