@@ -38,10 +38,25 @@ def _load(at, mask, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _store(at, value, mask, WHOLE: tl.constexpr):
+    """WHOLE: all of it."""
+    if WHOLE:
+        tl.store(at, value)
+    else:
+        tl.store(at, value, mask=mask)
+
+
+@triton.jit
+def _flat(x):
+    """All values in one dimension, in any order: one reduction in place of two."""
+    return tl.reshape(x, [x.shape[0] * x.shape[1]], can_reorder=True)
+
+
+@triton.jit
 def _norm(x, gain, K, eps, INTERPRET: tl.constexpr):
     """RMSNorm of one token in the dtype of x, rounded where transformers rounds."""
     wide = x.to(tl.float32)
-    inverse = tl.rsqrt(tl.div_rn(tl.sum(tl.sum(wide * wide, axis=1), axis=0), K.to(tl.float32)) + eps)
+    inverse = tl.rsqrt(tl.div_rn(tl.sum(_flat(wide * wide)), K.to(tl.float32)) + eps)
     normed = round_to(wide * inverse, x.dtype, INTERPRET).to(tl.float32)
     return round_to(gain.to(tl.float32) * normed, x.dtype, INTERPRET)
 
@@ -50,7 +65,15 @@ def _norm(x, gain, K, eps, INTERPRET: tl.constexpr):
 def _gate(x, other, INTERPRET: tl.constexpr):
     """silu(x) * other in the dtype of x, rounded after each."""
     wide = x.to(tl.float32)
-    gate = round_to(wide / (1.0 + tl.exp(-wide)), x.dtype, INTERPRET).to(tl.float32)
+    if INTERPRET:
+        gate = wide / (1.0 + tl.exp(-wide))
+    else:  # x / (1 + 2^(-x log2 e)) in five instructions; tl.exp and the division spend as many on denormals
+        gate = tl.inline_asm_elementwise(
+            """{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e; add.f32 e, e, 0f3F800000;
+            rcp.approx.ftz.f32 e, e; mul.f32 $0, $1, e; }""",
+            "=f,f", [wide], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    gate = round_to(gate, x.dtype, INTERPRET).to(tl.float32)
     return round_to(gate * other.to(tl.float32), x.dtype, INTERPRET)
 
 
@@ -85,31 +108,26 @@ def _t_values(
 
 @triton.jit
 def _token(
-    token, first, x, other, gain, input_scale, turn, operand, operand_scale, q8, q8_scale, h,
+    token, first, x, other, g, s, turn, operand, operand_scale, q8, q8_scale, h,
     K, x_stride, other_stride, eps, act_ratio,
-    ROWS: tl.constexpr, COLS: tl.constexpr, EXACT: tl.constexpr, BITS: tl.constexpr, KEEP8: tl.constexpr,
-    KIND: tl.constexpr, HAS_OTHER: tl.constexpr, SCALE: tl.constexpr, ROTATE: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, EXACT: tl.constexpr, WHOLE: tl.constexpr, BITS: tl.constexpr,
+    KEEP8: tl.constexpr, KIND: tl.constexpr, HAS_OTHER: tl.constexpr, SCALE: tl.constexpr, ROTATE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Everything but t of one token, stored where ``first``. Returns its two planes (ROWS, COLS / 2) and the scale."""
+    """Everything but t of one token, stored where ``first``. Returns its two planes (ROWS, COLS / 2) and the scale.
+    g, s, turn: values of gain, input_scale and rotation. WHOLE: EXACT, and ``first`` is true."""
     half: tl.constexpr = COLS // 2
     row = tl.arange(0, ROWS)[:, None]
     at = row * COLS + tl.arange(0, COLS)[None, :]
     pair = row * half + tl.arange(0, half)[None, :]
     live = at < K
-    # All loads come first, so that they are on their way together.
     v = _load(x + token * x_stride + at, live, EXACT)
     if HAS_OTHER:
         o = _load(other + token * other_stride + at, live, EXACT)
     if KIND == "rms_norm":
-        g = _load(gain + at, live, EXACT)
-    if SCALE:
-        s = _load(input_scale + at, live, EXACT)
-
-    if KIND == "rms_norm":
         if HAS_OTHER:
             v = round_to(v.to(tl.float32) + o.to(tl.float32), x.dtype.element_ty, INTERPRET)
-            tl.store(h + token * K + at, v, mask=live & first)
+            _store(h + token * K + at, v, live & first, WHOLE)
         v = _norm(v, g, K, eps, INTERPRET)
     elif KIND == "silu_mul":
         v = _gate(v, o, INTERPRET)
@@ -127,25 +145,23 @@ def _token(
     if BITS == 16:
         v = round_to(v, x.dtype.element_ty, INTERPRET).to(tl.float32)
         even, odd = tl.split(v.reshape(ROWS, half, 2))
-        planes, store = token * K + pair, (2 * pair < K) & first
-        tl.store(operand + planes, round_to(even, x.dtype.element_ty, INTERPRET), mask=store)
-        tl.store(operand + planes + K // 2, round_to(odd, x.dtype.element_ty, INTERPRET), mask=store)
+        planes, store = token * K + pair, (pair < K // 2) & first
+        _store(operand + planes, round_to(even, x.dtype.element_ty, INTERPRET), store, WHOLE)
+        _store(operand + planes + K // 2, round_to(odd, x.dtype.element_ty, INTERPRET), store, WHOLE)
     else:
-        top = tl.max(tl.max(tl.abs(v), axis=1), axis=0)
-        scale = tl.div_rn(tl.maximum(top, 1e-30), 127.0)
-        # One division a token, not one a value: off by an ulp, as a sum in another order is. Adding and taking away
-        # 1.5 * 2**23 rounds to integers, ties to even.
-        q = (v * tl.div_rn(1.0, scale) + 12582912.0) - 12582912.0
-        q = tl.minimum(tl.maximum(q, -127.0), 127.0).to(tl.int32)
+        scale = tl.div_rn(tl.maximum(tl.max(_flat(tl.abs(v))), 1e-30), 127.0)
+        # One division a token, not one a value: off by an ulp, as a sum in another order is. Adding 1.5 * 2**23
+        # leaves the integer, rounded to nearest even, in the low bits. No value exceeds 127.
+        q = (v * tl.div_rn(1.0, scale) + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
         even, odd = tl.split(q.reshape(ROWS, half, 2))
-        planes, store = token * K + pair, (2 * pair < K) & first
+        planes, store = token * K + pair, (pair < K // 2) & first
         if BITS == 8 or KEEP8:
-            tl.store(q8 + planes, even.to(tl.int8), mask=store)
-            tl.store(q8 + planes + K // 2, odd.to(tl.int8), mask=store)
+            _store(q8 + planes, even.to(tl.int8), store, WHOLE)
+            _store(q8 + planes + K // 2, odd.to(tl.int8), store, WHOLE)
             tl.store(q8_scale + token, scale, mask=first)
         if BITS == 4:
-            tl.store(operand + planes, _round_to_4_bits(even, act_ratio, INTERPRET), mask=store)
-            tl.store(operand + planes + K // 2, _round_to_4_bits(odd, act_ratio, INTERPRET), mask=store)
+            _store(operand + planes, _round_to_4_bits(even, act_ratio, INTERPRET), store, WHOLE)
+            _store(operand + planes + K // 2, _round_to_4_bits(odd, act_ratio, INTERPRET), store, WHOLE)
             tl.store(operand_scale + token, tl.div_rn(scale, act_ratio), mask=first)
     return even, odd, scale
 
@@ -161,27 +177,33 @@ def _rows(
 ):  # fmt: skip
     """RP > 0: program p of the P of a token computes RP values of t from p * RP on, STEP at a time.
     RP 0: a program takes one token after another, so that the rotation is read once."""
-    turn = rotation
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()  # twin_gemm may start; it waits by itself for what is stored here
+    row = tl.arange(0, ROWS)[:, None]
+    at = row * COLS + tl.arange(0, COLS)[None, :]
+    # What is asked for before the token is there when the token has been reduced.
     if RP > 0:
         token = (tl.program_id(0) // P).to(tl.int64)
         part = tl.program_id(0) % P
-        row = tl.arange(0, ROWS)[:, None]
         pair = row * (COLS // 2) + tl.arange(0, COLS // 2)[None, :]  # a pair of channels is one byte of down
         r = part * RP + tl.arange(0, STEP)[:, None, None]
         d_at = down + r * (K // 2) + pair[None, :, :]
-        d_live = (2 * pair < K)[None, :, :]
-        # Asked for before the token, so that it is there when the token is quantized.
+        d_live = (pair < K // 2)[None, :, :]
         d = tl.load(d_at, mask=d_live & (r < R), other=0)
-        if ROTATE:
-            turn = tl.load(rotation + tl.arange(0, COLS)[:, None] * COLS + tl.arange(0, COLS)[None, :])
-        if PDL:
-            tl.extra.cuda.gdc_wait()  # x comes from the kernel before; down and the rotation do not
+    g, s, turn = gain, input_scale, rotation
+    if KIND == "rms_norm":
+        g = _load(gain + at, at < K, EXACT)
+    if SCALE:
+        s = _load(input_scale + at, at < K, EXACT)
+    if ROTATE:
+        turn = tl.load(rotation + tl.arange(0, COLS)[:, None] * COLS + tl.arange(0, COLS)[None, :])
+    if PDL:
+        tl.extra.cuda.gdc_wait()  # x comes from the kernel before; weights, gains and the rotation do not
+    if RP > 0:
         even, odd, scale = _token(
-            token, part == 0, x, other, gain, input_scale, turn, operand, operand_scale, q8, q8_scale, h,
+            token, part == 0, x, other, g, s, turn, operand, operand_scale, q8, q8_scale, h,
             K, x_stride, other_stride, eps, act_ratio,
-            ROWS, COLS, EXACT, BITS, KEEP8, KIND, HAS_OTHER, SCALE, ROTATE, INTERPRET,
+            ROWS, COLS, EXACT, False, BITS, KEEP8, KIND, HAS_OTHER, SCALE, ROTATE, INTERPRET,
         )  # fmt: skip
         s_live = (row * COLS < K)[None, :, :] if GROUP % COLS == 0 else d_live
         for i in tl.range(0, RP, STEP, num_stages=1):
@@ -195,17 +217,13 @@ def _rows(
             value = round_to(value, t.dtype.element_ty, INTERPRET)
             tl.store(t + token * R + _in_planes(r + i, R), value, mask=r + i < R)
     else:
-        if ROTATE:
-            turn = tl.load(rotation + tl.arange(0, COLS)[:, None] * COLS + tl.arange(0, COLS)[None, :])
-        if PDL:
-            tl.extra.cuda.gdc_wait()
         start = tl.program_id(0).to(tl.int64)
         for i in tl.range(0, tl.cdiv(T - tl.program_id(0), tl.num_programs(0)), num_stages=STAGES):
             token = start + i * tl.num_programs(0)
             _token(
-                token, token >= 0, x, other, gain, input_scale, turn, operand, operand_scale,
-                q8, q8_scale, h, K, x_stride, other_stride, eps, act_ratio,
-                ROWS, COLS, EXACT, BITS, KEEP8, KIND, HAS_OTHER, SCALE, ROTATE, INTERPRET,
+                token, token >= 0, x, other, g, s, turn, operand, operand_scale, q8, q8_scale, h,
+                K, x_stride, other_stride, eps, act_ratio,
+                ROWS, COLS, EXACT, EXACT, BITS, KEEP8, KIND, HAS_OTHER, SCALE, ROTATE, INTERPRET,
             )  # fmt: skip
 
 
@@ -220,7 +238,7 @@ class Plan(NamedTuple):
     columns: int
     warps: int
     stages: int = 1
-    per_sm: int = 3
+    per_sm: int = 4
 
 
 def choose_plan(t: int, k: int, rank: int, group: int, block: int) -> Plan:
@@ -231,7 +249,7 @@ def choose_plan(t: int, k: int, rank: int, group: int, block: int) -> Plan:
     warps = 4 if rows * columns <= 2048 else 8 if rows * columns <= 8192 else 16
     if rank == 0 or (t > _MOST_ROWS and group % 64 == 0):
         # A wide row leaves room for one program on an SM: it has to hide its own latency.
-        stages, per_sm = (3, 1) if rows * columns == 16384 else (1, 1) if warps == 16 else (1, 24 // warps)
+        stages, per_sm = (3, 1) if rows * columns == 16384 else (1, 1) if warps == 16 else (1, 32 // warps)
         return Plan(1, 0, 1, rows, columns, warps, stages, per_sm)
     padded = triton.next_power_of_2(rank)
     ranks = max(padded * t // _ROW_PROGRAMS, 1 if rows * columns > 8192 else 2)
