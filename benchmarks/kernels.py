@@ -1,14 +1,16 @@
-"""Times of the fused kernels against bf16 on one GPU; prints nothing that did not pass the correctness gate.
+"""Times of the kernels against bf16 on one GPU; prints nothing that did not pass the correctness gate.
 
-    python benchmarks/kernels.py [--json FILE] [--tokens 1,16] [--rank 64]
+    python benchmarks/kernels.py [--json FILE] [--tokens 1,16] [--layers qkv,o] [--rank 64] [--forms w4a8]
 
-One run: for every layer shape and number of tokens the kernels are checked against float64 (worst case
-bound, tests/kernel_bounds.py), then timed beside bf16 ``F.linear`` and a composition of stock kernels. Times
-are of CUDA graphs of one call per weight copy; together the copies exceed the L2 cache, so every call reads
-its weights from memory, as in a model. "w4a8" and "w4a4" include the activation quantization.
+One run: for every layer shape and number of tokens ``prologue`` and ``twin_gemm`` are checked against float64
+(worst-case bounds, tests/gemm_bounds.py), then timed together beside bf16 ``F.linear`` and a composition of stock
+kernels. A time of ours includes the activation quantization and the low-rank component. Times are of CUDA graphs of
+one call per weight copy; together the copies exceed the L2 cache, so every call reads its weights from memory, as in
+a model. The shape of a 70B model is checked and not timed.
 """
 
 import argparse
+import importlib
 import json
 import pathlib
 import statistics
@@ -20,10 +22,19 @@ import torch.nn.functional as F
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
-TOKENS = (1, 3, 16, 64, 100, 512, 2048, 8192)
-FORMS = ("w4a8", "w4a4", "w4a16")
+SHAPES = {
+    "gate_up": (28672, 4096),
+    "down": (4096, 14336),
+    "qkv": (6144, 4096),
+    "o": (4096, 4096),
+    "gate_up_70b": (57344, 8192),
+}
+TOKENS = (1, 16, 64, 256, 512, 2048, 8192)
+HEAD, HEAD_TOKENS = (128256, 4096), (1, 16, 64)
+CHECKED_TOKENS = {"gate_up_70b": (16, 512)}  # not timed
+ACT_BITS = {"w4a8": 8, "w4a4": 4, "w4a16": 16}
 GROUP = 128
+DTYPE = torch.bfloat16
 COLD_BYTES = 200e6  # weight copies rotate through at least this much: three times a 60 MB L2 cache
 COMPOSITION_TOKENS = 2048  # tinygemm is made for few tokens; more take seconds
 
@@ -41,6 +52,10 @@ def copies_of(weights: list) -> list[list]:
 
 def microseconds(call, copies: list[list], budget_ms: float = 12.0) -> float:
     """Median time of ``call(weights)`` in a CUDA graph of one call per weight copy."""
+    if copies[0][0].device.type == "cpu":  # only to try the script
+        start = time.perf_counter()
+        call(copies[0])
+        return (time.perf_counter() - start) * 1e6
     call(copies[0])
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -90,97 +105,250 @@ def composition(n: int, k: int, rank: int):
     return call, weights
 
 
-def measure(name: str, tokens: tuple, rank: int) -> list[dict]:
-    from kernel_bounds import random_twin_args, worst_quantize_activation, worst_twin_linear
+class Ours:
+    """The two lowered ops for one form: ``weights`` are residual, its scales, channel scale, up, down and theirs."""
 
-    from tqcompile.kernels import quantize_activation, twin_linear
+    def __init__(self, form: str, transform: tuple, kernels: dict):
+        self.act_bits, self.transform, self.kernels = ACT_BITS[form], transform, kernels
+        self.ratio = 7 / 127 if form == "w4a4" else 0.0
 
-    n, k = SHAPES[name]
-    dtype = torch.bfloat16
-    dense = copies_of([torch.randn(n, k, device="cuda", dtype=dtype)])
-    packed = copies_of(list(random_twin_args(1, n, k, rank, "w4a8", dtype, device="cuda", bias=False)[2:8]))
-    stock, stock_weights = composition(n, k, rank)
-    stock_copies = copies_of(stock_weights) if stock else []
-    ratios = {"w4a8": 0.0, "w4a4": 7 / 127, "w4a16": 0.0}
+    def prologue_args(self, w: list, x: torch.Tensor) -> tuple:
+        transform = (None, None) if self.act_bits == 4 else self.transform
+        return (x, None, None, *transform, w[5], w[6], "none", 0.0, self.act_bits, self.ratio)
+
+    def gemm_args(self, w: list, operands: tuple) -> tuple:
+        operand, scale, t, _ = operands
+        scale = scale if self.act_bits < 16 else None
+        t = t if w[3] is not None else None
+        return (operand, scale, t, w[0], w[1], w[2] if self.act_bits < 16 else None, w[3], w[4], None, None, DTYPE)
+
+    def why_not(self, w: list, x: torch.Tensor) -> str | None:
+        """The reason why a kernel does not serve these arguments: what would run then is no kernel of ours."""
+        operands = self.kernels["prologue"].reference(*self.prologue_args(w, x))
+        arguments = {"prologue": self.prologue_args(w, x), "twin_gemm": self.gemm_args(w, operands)}
+        for name, given in arguments.items():
+            reason = self.kernels[name].unsupported(*given)
+            if reason is not None:
+                return f"{name}: {reason}"
+        return None
+
+    def prologue(self, w: list, x: torch.Tensor) -> tuple:
+        return self.kernels["prologue"].launch(*self.prologue_args(w, x))
+
+    def gemm(self, w: list, operands: tuple) -> torch.Tensor:
+        return self.kernels["twin_gemm"].launch(*self.gemm_args(w, operands))
+
+    def both(self, w: list, x: torch.Tensor) -> torch.Tensor:
+        return self.gemm(w, self.prologue(w, x))
+
+    def errors(self, w: list, x: torch.Tensor) -> dict[str, float]:
+        """Error over bound of each stage, on at most 1024 of the tokens; the calls are those that are timed."""
+        from gemm_bounds import worst_plain_prologue, worst_twin_gemm
+
+        t, some = x.shape[0], torch.arange(x.shape[0], device=x.device)
+        some = some if t <= 1024 else torch.cat((some[:512], some[-512:]))
+        operands = self.prologue(w, x)
+        y = self.gemm(w, operands)
+        kept = tuple(part[some] if part.dim() == 2 else part for part in operands)
+        args = self.prologue_args(w, x[some])
+        found = worst_plain_prologue(kept, args[0], *args[3:7], self.act_bits, self.ratio)
+        return {**found, "y": worst_twin_gemm(y[some], *self.gemm_args(w, kept))}
+
+
+class Kernel:
+    """An op's kernel module and its plain-torch definition. On a CPU (to try the script) the latter runs."""
+
+    def __init__(self, op: str, device: str):
+        from tqcompile import ops
+
+        self.reference = getattr(ops, f"{op}_reference")
+        self.launch, self.unsupported = self.reference, lambda *args: None
+        if device == "cuda":
+            try:
+                module = importlib.import_module(f"tqcompile.kernels.{op}")
+            except ModuleNotFoundError as error:
+                self.unsupported = lambda *args, why=str(error): f"no kernel ({why})"
+            else:
+                self.launch, self.unsupported = module.launch, module.unsupported
+
+
+def random_weights(n: int, k: int, rank: int, grid: bool, device: str) -> list:
+    """residual, residual_scale, channel_scale, up, up_scale, down, down_scale; without a low rank the last 4 None."""
+    from gemm_bounds import grid_scales
+
+    g = torch.Generator(device).manual_seed(n + k)
+
+    def packed(rows, columns):
+        return torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, generator=g, device=device)
+
+    def scales(rows, groups, top):
+        return ((torch.rand(rows, groups, generator=g, device=device) + 0.1) * top).to(DTYPE)
+
+    residual_scale, channel = grid_scales(n, k // GROUP, 0.02, g, device)
+    if not grid:
+        residual_scale, channel = scales(n, k // GROUP, 0.02), None
+    low_rank = [None] * 4
+    if rank:
+        low_rank = [packed(n, rank), scales(n, 1, 0.05), packed(rank, k), scales(rank, k // GROUP, 0.01)]
+    return [packed(n, k), residual_scale, channel, *low_rank]
+
+
+def transform_of(options, k: int) -> tuple:
+    """(input_scale, rotation) as in a model whose scales are absorbed: none, or a Hadamard rotation."""
+    from tqcompile.methods.hadamard import hadamard_matrix
+
+    return (None, hadamard_matrix(128).to(options.device, DTYPE)) if options.rotation else (None, None)
+
+
+def measure(name: str, tokens: tuple, options) -> list[dict]:
+    """One row per number of tokens and layer: errors over bounds, and microseconds of what passed."""
+    n, k = options.shapes[name]
+    device = options.device
+    kernels = {op: Kernel(op, device) for op in ("prologue", "twin_gemm")}
+    timed = name not in CHECKED_TOKENS
+    weights = random_weights(n, k, options.rank, options.scales == "grid", device)
+    copies = copies_of(weights) if timed else [weights]
+    dense, stock, stock_copies = [], None, []
+    if timed:
+        dense = copies_of([torch.randn(n, k, device=device, dtype=DTYPE)])
+        stock, stock_weights = composition(n, k, options.rank or 64) if device == "cuda" else (None, [])
+        stock_copies = copies_of(stock_weights) if stock else []
+    forms = {form: Ours(form, transform_of(options, k), kernels) for form in options.forms}
     rows = []
     for t in tokens:
-        x = torch.randn(t, k, device="cuda", dtype=dtype)
-        row = {"layer": name, "N": n, "K": k, "T": t, "R": rank, "us": {}, "worst_error_over_bound": {}}
-
-        def ours(weights, form, x=x):
-            if form == "w4a16":
-                return twin_linear.launch(x, None, *weights, None, 0.0, dtype)
-            q, scale = quantize_activation.launch(x, None, None)
-            return twin_linear.launch(q, scale, *weights, None, ratios[form], dtype)
-
-        # The gate: the very calls that are timed, on fresh input. Many tokens: the first and last 512 only.
-        q, scale = quantize_activation.launch(x, None, None)
-        worst = {"quantize": worst_quantize_activation(q, scale, x, None, None)}
-        some = torch.arange(t, device="cuda")
-        some = some if t <= 2048 else torch.cat((some[:512], some[-512:]))
-        for form in FORMS:
-            inputs = (x[some], None) if form == "w4a16" else (q[some], scale[some])
-            args = (*inputs, *packed[0], None, ratios[form], dtype)
-            worst[form] = worst_twin_linear(ours(packed[0], form)[some], args)
-        row["worst_error_over_bound"] = worst
-        if not max(worst.values()) <= 1:
-            sys.exit(f"{name} T={t}: an error exceeds its bound, no times are printed: {worst}")
-
-        row["us"]["bf16"] = microseconds(lambda w, x=x: F.linear(x, w[0]), dense)
-        if stock and t <= COMPOSITION_TOKENS:
-            row["us"]["composed"] = microseconds(lambda w, x=x: stock(w, x), stock_copies[: 32 if t <= 100 else 2])
-        row["us"]["quantize"] = microseconds(lambda w, x=x: quantize_activation.launch(x, None, None), packed)
-        for form in FORMS:
-            row["us"][form] = microseconds(lambda w, form=form: ours(w, form), packed)
-        row["ratio_to_bf16"] = {key: row["us"]["bf16"] / us for key, us in row["us"].items() if key != "bf16"}
+        x = torch.randn(t, k, device=device, dtype=DTYPE)
+        row = {"layer": name, "N": n, "K": k, "T": t, "R": options.rank, "us": {}, "error_over_bound": {}, "left": {}}
+        for form, ours in forms.items():
+            reason = ours.why_not(weights, x[:1].expand(t, k).contiguous())
+            if reason is not None:
+                row["left"][form] = reason
+                print(f"{name} T={t} {form} left out: {reason}", file=sys.stderr)
+                continue
+            row["error_over_bound"][form] = found = ours.errors(weights, x)
+            if not max(found.values()) <= 1:
+                sys.exit(f"{name} T={t} {form}: an error exceeds its bound, no times are printed: {found}")
+        if timed:
+            row["us"]["bf16"] = microseconds(lambda w, x=x: F.linear(x, w[0]), dense)
+            if stock and t <= COMPOSITION_TOKENS:
+                few = stock_copies[: 32 if t <= 100 else 2]
+                row["us"]["composed"] = microseconds(lambda w, x=x: stock(w, x), few)
+            for form in row["error_over_bound"]:
+                ours = forms[form]
+                operands = ours.prologue(weights, x)
+                row["us"][f"{form} prologue"] = microseconds(lambda w, o=ours, x=x: o.prologue(w, x), copies)
+                row["us"][f"{form} gemm"] = microseconds(lambda w, o=ours, z=operands: o.gemm(w, z), copies)
+                row["us"][form] = microseconds(lambda w, o=ours, x=x: o.both(w, x), copies)
+            if options.portable:
+                row["us"]["portable"] = microseconds(lambda w, x=x: portable(w, x), copies)
+            row["ratio_to_bf16"] = {key: row["us"]["bf16"] / us for key, us in row["us"].items() if key != "bf16"}
         rows.append(row)
     return rows
 
 
+def measure_head(options) -> list[dict]:
+    """The output head of Llama-3-8B with 8-bit weights (int8_linear) beside bf16; the last token of each sequence."""
+    from kernel_bounds import random_int8_args, worst_int8_linear
+
+    n, k = HEAD if options.device == "cuda" else (512, 256)
+    kernel = Kernel("int8_linear", options.device)
+    copies = copies_of(list(random_int8_args(1, n, k, k // GROUP, DTYPE, False, options.device)[1:]))
+    dense = copies_of([torch.randn(n, k, device=options.device, dtype=DTYPE)])
+    rows = []
+    for t in HEAD_TOKENS:
+        x = torch.randn(t, k, device=options.device, dtype=DTYPE)
+        row = {"layer": "lm_head", "N": n, "K": k, "T": t, "R": 0, "us": {}, "error_over_bound": {}, "left": {}}
+        reason = kernel.unsupported(x, *copies[0])
+        if reason is not None:
+            sys.exit(f"lm_head T={t}: int8_linear cannot run: {reason}")
+        found = worst_int8_linear(kernel.launch(x, *copies[0]), x, *copies[0])
+        row["error_over_bound"]["w8a16"] = {"y": found}
+        if not found <= 1:
+            sys.exit(f"lm_head T={t}: an error exceeds its bound, no times are printed: {found}")
+        row["us"]["bf16"] = microseconds(lambda w, x=x: F.linear(x, w[0]), dense)
+        row["us"]["w8a16"] = microseconds(lambda w, x=x: kernel.launch(x, *w), copies)
+        row["ratio_to_bf16"] = {"w8a16": row["us"]["bf16"] / row["us"]["w8a16"]}
+        rows.append(row)
+    return rows
+
+
+def portable(w: list, x: torch.Tensor) -> torch.Tensor:
+    """The W4A8 layer by the two portable kernels; tests/gpu hold these against float64."""
+    from tqcompile.kernels import quantize_activation, twin_linear
+
+    q, scale = quantize_activation.launch(x, None, None)
+    return twin_linear.launch(q, scale, w[0], w[1], w[5], w[6], w[3], w[4], None, 0.0, DTYPE)
+
+
 def table(rows: list[dict]) -> str:
-    columns = ("bf16", "composed", "quantize", *FORMS)
-    lines = [f"{'layer':8}{'T':>6}" + "".join(f"{c:>18}" for c in columns) + f"{'error/bound':>13}"]
+    """Times, speed over bf16, and the largest error over its bound of the matrix products and of t."""
+    columns = list(dict.fromkeys(key for row in rows for key in row["us"]))
+    lines = [f"{'layer':12}{'T':>6}" + "".join(f"{c:>16}" for c in columns) + f"{'error/bound':>13}"]
     for row in rows:
         cells = []
         for c in columns:
-            us = row["us"].get(c)
-            ratio = row["ratio_to_bf16"].get(c)
-            cells.append("-" if us is None else f"{us:.1f}" + (f" ({ratio:.2f}x)" if ratio and c != "quantize" else ""))
-        # Quantizing always comes close to its bound, half a step; the column shows the matrix products.
-        worst = max(v for key, v in row["worst_error_over_bound"].items() if key != "quantize")
-        lines.append(f"{row['layer']:8}{row['T']:6}" + "".join(f"{c:>18}" for c in cells) + f"{worst:13.3f}")
+            us, ratio = row["us"].get(c), row.get("ratio_to_bf16", {}).get(c)
+            shown = ratio and not c.endswith(("prologue", "gemm"))
+            cells.append("-" if us is None else f"{us:.1f}" + (f" ({ratio:.2f}x)" if shown else ""))
+        found = row["error_over_bound"].values()
+        # Rounding to codes always comes close to its bound, half a step; so the operand is left out here.
+        largest = max((v for errors in found for key, v in errors.items() if key != "operand"), default=float("nan"))
+        lines.append(f"{row['layer']:12}{row['T']:6}" + "".join(f"{c:>16}" for c in cells) + f"{largest:13.3f}")
     return "\n".join(lines)
 
 
-def main() -> None:
+def parse(arguments: list[str] | None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=pathlib.Path, help="also write the rows to this file")
+    parser.add_argument("--json", type=pathlib.Path, help="write the rows to this file, anew after every layer")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
-    parser.add_argument("--layers", default=",".join(SHAPES), help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--rank", type=int, default=64)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
+    parser.add_argument("--layers", default="", help=f"of {', '.join(SHAPES)}; default all")
+    parser.add_argument("--shapes", default="", help="instead of --layers: NxK,NxK")
+    parser.add_argument("--forms", default="w4a8,w4a4,w4a16", help="of w4a8, w4a4, w4a16")
+    parser.add_argument("--scales", choices=("grid", "free"), default="grid", help="grid: one number a row times 1..16")
+    parser.add_argument("--rotation", action="store_true", help="the prologue also rotates blocks of 128 channels")
+    parser.add_argument("--portable", action="store_true", help="also time quantize_activation + twin_linear")
+    parser.add_argument("--head", action="store_true", help="also an output head with 8-bit weights")
+    parser.add_argument("--rank", type=int, default=64, help="0: no low-rank component")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only tries the script")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("needs an NVIDIA GPU; torch.cuda.is_available() is False")
-    import triton
+    names = [name for name in options.layers.split(",") if name] or list(SHAPES)
+    options.tokens = tuple(int(t) for t in options.tokens.split(","))
+    options.forms = options.forms.split(",")
+    for value, known in ((names, SHAPES), (options.forms, ACT_BITS)):
+        for name in value:
+            if name not in known:
+                sys.exit(f"unknown {name!r}; known: {', '.join(known)}")
+    if options.shapes:
+        options.shapes = {text: tuple(int(part) for part in text.split("x")) for text in options.shapes.split(",")}
+    else:
+        options.shapes = {name: SHAPES[name] for name in names}
+    return options
 
-    start = time.time()
-    tokens = tuple(int(t) for t in options.tokens.split(","))
-    rows = []
-    for name in options.layers.split(","):
-        rows += measure(name, tokens, options.rank)
-        torch.cuda.empty_cache()
-    about = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "group": GROUP,
-        "seconds": round(time.time() - start, 1),
-    }
+
+def main(arguments: list[str] | None = None) -> list[dict]:
+    options = parse(arguments)
+    start, rows = time.time(), []
+    about = {"torch": torch.__version__, "group": GROUP, "scales": options.scales, "rotation": options.rotation}
+    if options.device == "cuda":
+        import triton
+
+        about |= {"gpu": torch.cuda.get_device_name(), "triton": triton.__version__}
+    for name in options.shapes:
+        rows += measure(name, CHECKED_TOKENS.get(name, options.tokens), options)
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+        about["seconds"] = round(time.time() - start, 1)
+        if options.json:
+            options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    if options.head:
+        rows += measure_head(options)
+        if options.json:
+            options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     print(" ".join(f"{key}={value}" for key, value in about.items()))
     print("microseconds (speed over bf16); every row passed its error bound first")
     print(table(rows))
-    if options.json:
-        options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    return rows
 
 
 if __name__ == "__main__":

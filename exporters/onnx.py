@@ -11,6 +11,7 @@ differs, always in this order:
     QuantizeActivation [Scaled] [Rotated] (x, [input_scale], [rotation]) -> (x_q, x_scale)
     TwinLinear [A4 | A16] [Single] [Bias] (x, [x_scale], residual, residual_scale,
                                            [down, down_scale, up, up_scale], [bias]) -> (y)
+    Int8Linear [Bias] (x, weight, weight_scale, [bias]) -> (y)
 
 A4 reads activations at 4 bits in the residual (attribute ``act_ratio``); A16 takes float activations and no
 ``x_scale``; Single has no low-rank component. Weights are INT4 (K, N), the K-major form that ONNX Runtime fuses into
@@ -30,7 +31,7 @@ from tqcompile.errors import ExportError
 from tqcompile.exporters.portable import lower
 from tqcompile.exporters.trace import decoder_program, plain_program, trace
 from tqcompile.exporters.verify import Verification, is_causal_lm, require, verify
-from tqcompile.modules import PackedWeight, Transform, TwinLinear
+from tqcompile.modules import QUANTIZED, Int8Linear, PackedWeight, Transform, TwinLinear
 from tqcompile.passes.capture import eval_mode
 
 OPSETS = range(21, 24)
@@ -91,7 +92,7 @@ def export_onnx(
 
 def check_exportable(model: nn.Module) -> None:
     """Raise ExportError, naming the tensor at fault, when a model is not quantized, not float32 or not on the CPU."""
-    if not any(isinstance(module, TwinLinear) for module in model.modules()):
+    if not any(isinstance(module, QUANTIZED) for module in model.modules()):
         raise ExportError(
             f"{type(model).__name__} has no quantized layer. Call tqcompile.compile(model, ...) first; "
             "for an unquantized model use torch.onnx.export."
@@ -99,6 +100,7 @@ def check_exportable(model: nn.Module) -> None:
     for prefix, module in model.named_modules():
         ours = set(module._buffers) if isinstance(module, PackedWeight | Transform) else set()
         ours |= {"down", "up", "bias"} if isinstance(module, TwinLinear) else set()
+        ours |= set(module._buffers) if isinstance(module, Int8Linear) else set()
         for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             name = f"{prefix}.{key}".lstrip(".")
             if tensor.device.type != "cpu":

@@ -12,10 +12,12 @@ import tqcompile
 
 DOMAIN = "com.tqcompile"
 QUANTIZE_INPUTS = ("x", "input_scale", "rotation")
+INT8_INPUTS = ("x", "weight", "weight_scale", "bias")
 TWIN_INPUTS = (
     *("x", "x_scale", "residual", "residual_scale"),
     *("down", "down_scale", "up", "up_scale", "bias"),
 )
+INPUTS = {"QuantizeActivation": QUANTIZE_INPUTS, "TwinLinear": TWIN_INPUTS, "Int8Linear": INT8_INPUTS}
 
 
 def lower(model, opset: int) -> None:
@@ -33,7 +35,7 @@ def lower(model, opset: int) -> None:
     for node in model.graph:
         if node.domain != DOMAIN:
             continue
-        names = TWIN_INPUTS if node.op_type == "TwinLinear" else QUANTIZE_INPUTS
+        names = INPUTS[node.op_type]
         given = {name: value for name, value in zip(names, node.inputs, strict=False) if value is not None}
         if node.op_type == "TwinLinear":
             ratio = node.attributes["act_ratio"].as_float()
@@ -49,12 +51,16 @@ def lower(model, opset: int) -> None:
                     if given[name].name in done:  # siblings may share them
                         given[name] = _copy(model.graph, given[name], done)
                 _to_k_major(given["down"], given["down_scale"], done)
-            if "bias" in given and given["bias"].const_value.dtype != ir.DataType.FLOAT:
-                # A bias keeps the dtype in which it was quantized; float32 holds every bfloat16 and float16.
-                _set(given["bias"], given["bias"].const_value.numpy().astype(np.float32))
-            node.name = given["residual"].name.removeprefix("model.").removesuffix("residual.weight_packed").rstrip(".")
-            node.outputs[0].dtype = ir.DataType.FLOAT
+            _finish_linear(node, given, "residual", "residual.weight_packed")
             node.op_type, text = twin_linear_function(given, ratio > 0)
+        elif node.op_type == "Int8Linear":
+            weight, scale = (given[name].const_value.numpy() for name in ("weight", "weight_scale"))
+            size = weight.shape[1] // scale.shape[1]
+            node.attributes["group_size"] = ir.AttrInt64("group_size", size)
+            _set(given["weight"], np.ascontiguousarray(weight.T))
+            _set(given["weight_scale"], np.ascontiguousarray(scale.astype(np.float32).T))
+            _finish_linear(node, given, "weight", "weight_int8")
+            node.op_type, text = int8_linear_function(given)
         else:
             if "rotation" in given:
                 _set(given["rotation"], given["rotation"].const_value.numpy().astype(np.float32))
@@ -75,6 +81,17 @@ def lower(model, opset: int) -> None:
         name = value.name.removeprefix("model.")
         if name not in model.graph.initializers and name not in taken:
             value.name = name
+
+
+def _finish_linear(node, given: dict, weight: str, stored: str) -> None:
+    """Name a linear's node after its layer, whose ``weight`` is the buffer ``stored``; output and bias are float32."""
+    import onnx_ir as ir
+
+    if "bias" in given and given["bias"].const_value.dtype != ir.DataType.FLOAT:
+        # A bias keeps the dtype in which it was quantized; float32 holds every bfloat16 and float16.
+        _set(given["bias"], given["bias"].const_value.numpy().astype(np.float32))
+    node.name = given[weight].name.removeprefix("model.").removesuffix(stored).rstrip(".")
+    node.outputs[0].dtype = ir.DataType.FLOAT
 
 
 def _share_equal(graph, keep: set[str]) -> None:
@@ -213,6 +230,19 @@ def twin_linear_function(given: Mapping, four_bit: bool) -> tuple[str, str]:
         then(f"Add ({terms[-1]}, bias)")
     attributes += ["act_ratio"] if four_bit else []
     return name, _function(name, attributes, given, terms[-1], lines)
+
+
+def int8_linear_function(given: Mapping) -> tuple[str, str]:
+    """Name and ONNX text of the body of int8_linear: x (..., K) float32, weight INT8 (K, N)."""
+    name, last = "Int8Linear", "y0"
+    lines = [
+        "dense = DequantizeLinear <axis = 0, block_size: int = @group_size> (weight, weight_scale)",
+        "y0 = MatMul (x, dense)",
+    ]
+    if "bias" in given:
+        name, last = "Int8LinearBias", "y1"
+        lines.append("y1 = Add (y0, bias)")
+    return name, _function(name, ["group_size"], given, last, lines)
 
 
 def _function(name: str, attributes: list[str], inputs: Mapping, outputs: str, lines: list[str]) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tqcompile.errors import ExportError
-from tqcompile.exporters.portable import DOMAIN, QUANTIZE_INPUTS, TWIN_INPUTS
+from tqcompile.exporters.portable import DOMAIN, INT8_INPUTS, QUANTIZE_INPUTS, TWIN_INPUTS
 from tqcompile.exporters.verify import is_causal_lm
 
 TRACE_BATCH, TRACE_PAST, TRACE_NEW = 2, 9, 3  # 0 and 1 would be specialised into the program
@@ -147,6 +147,7 @@ def _schemas() -> Iterator[dict]:
     types = ["tensor(float)", "tensor(bfloat16)", "tensor(uint8)", "tensor(int8)"]
     specification = {
         "QuantizeActivation": (QUANTIZE_INPUTS, ("x_q", "x_scale"), []),
+        "Int8Linear": (INT8_INPUTS, ("y",), []),
         "TwinLinear": (TWIN_INPUTS, ("y",), [kinds.Attribute("act_ratio", kinds.AttrType.FLOAT, required=False)]),
     }
     for name, (inputs, outputs, attributes) in specification.items():
@@ -166,11 +167,15 @@ def _schemas() -> Iterator[dict]:
         tensors = (x, x_scale, residual, residual_scale, down, down_scale, up, up_scale, bias)
         return ours.TwinLinear(*tensors, act_ratio=float(act_ratio))
 
+    def int8_linear(x, weight, weight_scale, bias):
+        return ours.Int8Linear(x, weight, weight_scale, bias)
+
     registered = torch.ops.tqcompile
     try:
         yield {
             registered.quantize_activation.default: quantize_activation,
             registered.twin_linear.default: twin_linear,
+            registered.int8_linear.default: int8_linear,
         }
     finally:
         for name in specification:

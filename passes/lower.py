@@ -1,6 +1,6 @@
 """Names the implementation of every op of ours: the one place where that decision can be read.
 
-In: ``quantize_activation`` and ``twin_linear`` nodes with example values.
+In: nodes of ours with example values.
 Out: the same graph; ``gm.meta["lower"]`` maps node name -> "triton" or "reference: <reason>". The op itself
 dispatches by the same predicate when it runs. On CUDA a reference is logged, once per op and reason.
 Must hold after: every node of ours has an entry.
@@ -12,7 +12,7 @@ import torch.fx
 from tqcompile import ops  # noqa: F401  (registers the ops)
 from tqcompile.ops.dispatch import kernel_or_reason, reason_unsupported
 from tqcompile.passes.base import Pass
-from tqcompile.passes.buffers import example_value
+from tqcompile.passes.buffers import example_value, op_arguments
 
 
 def op_name(node: torch.fx.Node) -> str | None:
@@ -35,20 +35,24 @@ class Lower(Pass):
                 raise self.fail("no implementation was chosen", node)
 
     def _decide(self, node: torch.fx.Node, op: str) -> str:
-        given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
-        values = []
-        for argument in node.target._schema.arguments:
-            value = given.get(argument.name, argument.default_value)
-            if isinstance(value, torch.fx.Node):
-                value = example_value(value)
-                if value is None:
-                    raise self.fail(f"argument {argument.name} has no example value; trace with example inputs", node)
-            values.append(value)
-        device = values[0].device.type
-        if device != "cuda":
-            return f"reference: there is no kernel for device {device}"
-        reason = reason_unsupported(op, *values)
-        if reason is None:
-            return "triton"
-        kernel_or_reason(op, *values)  # says so in the log, once for this op and reason
-        return f"reference: {reason}"
+        for name, argument in op_arguments(node).items():
+            if isinstance(argument, torch.fx.Node) and example_value(argument) is None:
+                raise self.fail(f"argument {name} has no example value; trace with example inputs", node)
+        chosen = implementation(node)
+        if chosen.startswith("reference") and _values(node)[0].device.type == "cuda":
+            kernel_or_reason(op, *_values(node))  # says so in the log, once for this op and reason
+        return chosen
+
+
+def implementation(node: torch.fx.Node) -> str:
+    """What runs a node of ours whose arguments have example values: "triton" or "reference: <reason>"."""
+    values = _values(node)
+    device = values[0].device.type
+    if device != "cuda":
+        return f"reference: there is no kernel for device {device}"
+    reason = reason_unsupported(op_name(node), *values)
+    return "triton" if reason is None else f"reference: {reason}"
+
+
+def _values(node: torch.fx.Node) -> list:
+    return [example_value(a) if isinstance(a, torch.fx.Node) else a for a in op_arguments(node).values()]

@@ -14,6 +14,7 @@ class Journal:
         self._model = model
         self._modules: list[tuple[str, nn.Module]] = []
         self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._attributes: list[tuple[object, str, object]] = []
         self._training = {module: module.training for module in model.modules()}
 
     def replace(self, name: str, module: nn.Module) -> None:
@@ -26,6 +27,10 @@ class Journal:
         for parameter in module.parameters(recurse=False):
             self._tensors.append((parameter, parameter.detach().clone()))
 
+    def remember_attribute(self, owner: object, name: str) -> None:
+        """Keep the value of an attribute before it is set to another."""
+        self._attributes.append((owner, name, getattr(owner, name)))
+
     def restore(self) -> None:
         """Put everything back, newest first."""
         with torch.no_grad():
@@ -33,6 +38,8 @@ class Journal:
                 self._set(name, module)
             for parameter, copy in reversed(self._tensors):
                 parameter.copy_(copy)
+        for owner, name, value in reversed(self._attributes):
+            setattr(owner, name, value)
         for module, mode in self._training.items():
             module.training = mode
 

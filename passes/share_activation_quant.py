@@ -12,15 +12,12 @@ from collections.abc import Mapping
 
 import torch
 import torch.fx
-from torch._subclasses.fake_tensor import FakeTensor
 
 from tqcompile import ops  # noqa: F401  (registers the ops)
 from tqcompile.passes.base import Pass
-from tqcompile.passes.buffers import attribute
+from tqcompile.passes.buffers import same_values, writes_in_place
 
 _Operand = torch.fx.Node | None
-_OPERATORS = "add and concat floordiv lshift matmul mod mul or pow rshift sub truediv xor"
-_IN_PLACE = {operator.setitem, *(getattr(operator, f"i{name}") for name in _OPERATORS.split())}
 
 
 class ShareActivationQuant(Pass):
@@ -32,7 +29,7 @@ class ShareActivationQuant(Pass):
         self._tensors = tensors or {}
 
     def call(self, gm: torch.fx.GraphModule) -> bool:
-        merged = self._equal_pairs(gm, self._same_tensor)
+        merged = self._equal_pairs(gm, lambda a, b: same_values(gm, a, b, self._tensors))
         for first, node in merged:
             node.replace_all_uses_with(first)
             gm.graph.erase_node(node)
@@ -46,62 +43,28 @@ class ShareActivationQuant(Pass):
         return bool(merged)
 
     def ensures(self, gm: torch.fx.GraphModule) -> None:
-        for _, node in self._equal_pairs(gm, lambda gm, a, b: a is b):
+        for _, node in self._equal_pairs(gm, lambda a, b: a is b):
             raise self.fail("the same activation is still quantized twice", node)
 
     def _equal_pairs(self, gm: torch.fx.GraphModule, same) -> list[tuple[torch.fx.Node, torch.fx.Node]]:
         """(first, later) for every quantization that an earlier one can serve."""
         pairs, firsts = [], []
         for node in gm.graph.nodes:
-            if _writes(node):
+            if writes_in_place(node):
                 firsts.clear()
             elif node.target is torch.ops.tqcompile.quantize_activation.default:
                 x, *transform = _arguments(node)
                 for first in firsts:
                     first_x, *first_transform = _arguments(first)
-                    if x is first_x and all(same(gm, a, b) for a, b in zip(transform, first_transform, strict=True)):
+                    if x is first_x and all(same(a, b) for a, b in zip(transform, first_transform, strict=True)):
                         pairs.append((first, node))
                         break
                 else:
                     firsts.append(node)
         return pairs
 
-    def _same_tensor(self, gm: torch.fx.GraphModule, a: torch.fx.Node | None, b: torch.fx.Node | None) -> bool:
-        if a is b:
-            return True
-        left, right = (self._real(gm, node) for node in (a, b))
-        return (
-            left is not None
-            and right is not None
-            and (left.dtype, left.device, left.shape) == (right.dtype, right.device, right.shape)
-            and torch.equal(left, right)
-        )
-
-    def _real(self, gm: torch.fx.GraphModule, node: _Operand) -> torch.Tensor | None:
-        if node is None:
-            return None
-        tensor = attribute(gm, node.target) if node.op == "get_attr" else self._tensors.get(node.name)
-        if not isinstance(tensor, torch.Tensor) or isinstance(tensor, FakeTensor) or tensor.is_meta:
-            return None
-        return tensor
-
 
 def _arguments(node: torch.fx.Node) -> tuple[_Operand, ...]:
     names = ("x", "input_scale", "rotation")
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     return tuple(given.get(name) for name in names)
-
-
-def _writes(node: torch.fx.Node) -> bool:
-    """Whether the node may write to a tensor in place; dynamo's graphs are not functional."""
-    if node.op == "call_method":
-        return node.target.endswith("_") or node.target == "__setitem__"
-    if node.op != "call_function":
-        return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    if getattr(node.target, "__module__", None) == "_operator":
-        return node.target in _IN_PLACE
-    # torch.relu_(x), F.silu(x, inplace=True) or F.silu(x, True), torch.add(x, y, out=z)
-    flag = node.kwargs.get("inplace") or "out" in node.kwargs or any(arg is True for arg in node.args)
-    return bool(flag) or getattr(node.target, "__name__", "").endswith("_")

@@ -51,6 +51,26 @@ QUANTIZE_CASES = [
     (2, 100, None, False, FP32),
 ]
 
+# t, k, rank, group, rotation block, input scale, kind, other, dtype, act_bits: every kind, both ways to t (from 65
+# tokens on it is a launch of its own), groups wider and narrower than the block, odd T, K and R no power of two.
+PROLOGUE_CASES = [
+    (1, 384, 16, 128, None, False, "none", False, BF16, 8),
+    (3, 384, 6, 128, 128, True, "rms_norm", True, BF16, 8),
+    (17, 384, 48, 64, 128, False, "rms_norm", False, FP16, 8),
+    (2, 768, 16, 256, 64, False, "silu_mul", True, BF16, 8),
+    (3, 192, 8, 96, None, True, "rms_norm", True, FP32, 8),
+    (5, 256, 32, 32, 32, False, "silu_mul", True, FP16, 4),
+    (2, 384, 64, 128, 128, False, "rms_norm", True, BF16, 4),
+    (3, 384, 16, 128, 128, True, "silu_mul", True, BF16, 16),
+    (2, 128, None, 128, None, False, "rms_norm", True, FP32, 16),
+    (2, 4224, None, 64, 64, False, "rms_norm", True, BF16, 8),
+    ((2, 3), 128, 6, 128, 64, False, "none", False, BF16, 8),
+    (66, 384, 48, 128, 128, False, "rms_norm", True, BF16, 8),
+    (70, 256, 16, 64, None, True, "silu_mul", True, FP16, 4),
+    (67, 256, 32, 128, 128, False, "none", False, BF16, 16),
+    (65, 128, 8, 32, None, False, "rms_norm", False, BF16, 8),
+]
+
 
 def unpacked(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """(rows, columns/2) uint8, low nibble first, two's complement -> (rows, columns) float64, scaled."""
@@ -180,3 +200,146 @@ def random_twin_args(
     b = torch.randn(n, generator=g, device=device).to(scale_dtype) if bias else None
     ratio = 7 / 127 if form == "w4a4" else 0.0
     return (x, x_scale, packed(n, k), scales(n, k // group, 0.02), *low_rank, b, ratio, dtype)
+
+
+# t, n, k, groups, dtype, bias; odd T and N, groups of 32 to 256, one and several tiles.
+INT8_CASES = [
+    (1, 70, 384, 3, BF16, True),
+    (3, 130, 256, 1, FP16, False),
+    (17, 129, 128, 4, FP32, True),
+    (40, 131, 192, 2, BF16, False),
+    ((2, 3), 40, 128, 1, BF16, True),
+    (100, 33, 128, 1, BF16, True),
+    (0, 40, 128, 1, BF16, True),
+]
+
+
+def random_int8_args(t, n, k, groups, dtype, bias, device="cpu", seed=None) -> tuple:
+    """Arguments of int8_linear. t may be a tuple of leading dimensions; all of -128 .. 127 occur."""
+    g = torch.Generator(device).manual_seed(next(_seeds) if seed is None else seed)
+    lead = t if isinstance(t, tuple) else (t,)
+    weight = torch.randint(-128, 128, (n, k), generator=g, device=device, dtype=torch.int8)
+    scale = ((torch.rand(n, groups, generator=g, device=device) + 0.1) * 0.01).bfloat16()
+    b = torch.randn(n, generator=g, device=device).to(dtype) if bias else None
+    return torch.randn(*lead, k, generator=g, device=device).to(dtype), weight, scale, b
+
+
+def worst_int8_linear(y: torch.Tensor, x, weight, weight_scale, bias, rows=16384) -> float:
+    """Largest |y - exact| / bound: fp32 sums of exact products (2 units each), scaling, bias, output rounding."""
+    assert y.shape == (*x.shape[:-1], len(weight)), f"shape {tuple(y.shape)}"
+    assert y.dtype == x.dtype, y.dtype
+    k, half, largest = x.shape[-1], torch.finfo(x.dtype).eps / 2, 0.0
+    wide, flat = x.double().reshape(-1, k), y.reshape(-1, len(weight))
+    for i in range(0, len(weight) if len(flat) else 0, rows):
+        w = weight[i : i + rows].double() * weight_scale[i : i + rows].double().repeat_interleave(
+            k // weight_scale.shape[1], 1
+        )
+        exact, error = wide @ w.T, (2 * MAX_STEP + k // MIN_STEP + 8) * U32 * (wide.abs() @ w.abs().T)
+        if bias is not None:
+            part = bias[i : i + rows].double()
+            exact, error = exact + part, error + 2 * U32 * part.abs()
+        bound = error * (1 + half) + half * exact.abs() + _absolute_floor(x.dtype)
+        ratio = ((flat[:, i : i + rows].double() - exact).abs() / bound).nan_to_num(nan=float("inf"))
+        largest = max(largest, ratio.max().item())
+    return largest
+
+
+def random_prologue_args(
+    t, k, rank, group, block, scaled, kind, other, dtype, act_bits, *, device="cpu", seed=None
+) -> tuple:  # fmt: skip
+    """Arguments of prologue; x and other are the halves of one tensor, as of a merged gate and up."""
+    g = torch.Generator(device).manual_seed(next(_seeds) if seed is None else seed)
+    lead = t if isinstance(t, tuple) else (t,)
+    both = (torch.randn(*lead, 2 * k, generator=g, device=device) * 3).to(dtype)
+    gain = (torch.rand(k, generator=g, device=device) + 0.5).to(dtype) if kind == "rms_norm" else None
+    scale = torch.rand(k, generator=g, device=device) + 0.5 if scaled else None
+    rotation = None
+    if block is not None:
+        rotation = torch.linalg.qr(torch.randn(block, block, generator=g, device=device))[0].to(dtype)
+    down = down_scale = None
+    if rank is not None:
+        down = torch.randint(0, 256, (rank, k // 2), dtype=torch.uint8, generator=g, device=device)
+        down_scale = ((torch.rand(rank, k // group, generator=g, device=device) + 0.1) * 0.01).bfloat16()
+    ratio = 7 / 127 if act_bits == 4 else 0.0
+    added = both[..., k:] if other else None
+    return (both[..., :k], added, gain, scale, rotation, down, down_scale, kind, 1e-5, act_bits, ratio)
+
+
+def _prologue_exact(x, other, gain, input_scale, rotation, kind, eps) -> tuple[torch.Tensor, torch.Tensor]:
+    """(transformed value, bound of its error before quantization), float64 (..., K).
+
+    Counted: the sum of squares, its root and product; exp and the division of silu; every rounding to the dtype of x,
+    of which a value moved by an earlier one may go the other way; the sum over a rotation block.
+    """
+    k, half, floor = x.shape[-1], torch.finfo(x.dtype).eps / 2, _absolute_floor(x.dtype)
+    value, error = x.double(), torch.zeros_like(x, dtype=torch.float64)
+
+    def rounded(value, error):
+        return error * (1 + half) + half * value.abs() + floor
+
+    if kind == "rms_norm":
+        value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
+        error = rounded(value, (k + 16) * U32 * value.abs()) * gain.double().abs()
+        value = value * gain.double()
+        error = rounded(value, error + U32 * value.abs())
+    elif kind == "silu_mul":
+        gate = value * torch.sigmoid(value)
+        error = rounded(gate, (value.abs() + 16) * U32 * gate.abs()) * other.double().abs()
+        value = gate * other.double()
+        error = rounded(value, error + U32 * value.abs())
+    if input_scale is not None:
+        value = value * input_scale.double()
+        error = rounded(value, error * input_scale.double() + U32 * value.abs())
+    if rotation is not None:
+        b, turn = rotation.shape[0], rotation.to(x.dtype).double()
+        error = error + 2 * b * U32 * (value.abs() + error)
+        error = (error.unflatten(-1, (-1, b)) @ turn.abs()).flatten(-2)
+        value = (value.unflatten(-1, (-1, b)) @ turn).flatten(-2)
+    return value, error
+
+
+def worst_prologue(result, args, result8=None) -> float:
+    """Largest error over bound of operand, operand_scale and t; h must be exact. ``result8``: of the same arguments
+    with 8 bits, from which the 4-bit operand and its t follow exactly."""
+    operand, scale, t, h = result
+    x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, ratio = args
+    k, rank = x.shape[-1], 0 if down is None else down.shape[0]
+    stream = kind == "rms_norm" and other is not None
+    shapes = (*(tuple(tensor.shape) for tensor in (operand, t, h)), operand.dtype, t.dtype)
+    expected = (tuple(x.shape), (*x.shape[:-1], rank), tuple(x.shape) if stream else (0,))
+    assert shapes == (*expected, x.dtype if act_bits == 16 else torch.int8, x.dtype)
+    assert tuple(scale.shape) == ((0,) if act_bits == 16 else (*x.shape[:-1], 1))
+    if x.numel() == 0:
+        return 0.0
+    if stream:
+        x = x + other  # one rounding, the same on every device
+        assert torch.equal(h, x)
+    if act_bits == 4:
+        q8, scale8, t8, _ = result8
+        assert torch.equal(operand, torch.round(q8.float() * ratio).clamp(-8, 7).to(torch.int8))
+        torch.testing.assert_close(scale, scale8 / ratio, rtol=4 * U32, atol=0)
+        assert torch.equal(t, t8)
+        return 0.0
+    value, error = _prologue_exact(x, other, gain, input_scale, rotation, kind, eps)
+    half = torch.finfo(x.dtype).eps / 2
+    q, natural_t = torch.empty_like(operand), torch.empty_like(t)
+    q[..., 0::2], q[..., 1::2] = operand[..., : k // 2], operand[..., k // 2 :]
+    natural_t[..., 0::2], natural_t[..., 1::2] = t[..., : rank // 2], t[..., rank // 2 :]
+    if act_bits == 16:
+        q = q.double()
+        off = (q - value).abs() / (error * (1 + half) + half * value.abs() + _absolute_floor(x.dtype))
+        worst, step = off.max(), 1.0
+    else:
+        assert q.min() >= -127
+        q, step = q.double(), scale.double()
+        exact = value.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+        worst = ((step - exact).abs() / (error.amax(-1, keepdim=True) / 127 + 4 * U32 * exact)).max()
+        off = (q * step - value).abs() / (step * (0.5 + 127 * 4 * U32) + error)
+        worst = torch.maximum(worst, off.max())
+    if rank:
+        d = unpacked(down, down_scale)
+        exact = q @ d.T * step
+        sums = (k // MIN_STEP + 8 + (2 * k if act_bits == 16 else 0)) * U32
+        bound = sums * (q.abs() @ d.abs().T * step) * (1 + half) + half * exact.abs() + _absolute_floor(x.dtype)
+        worst = torch.maximum(worst, ((natural_t.double() - exact).abs() / bound).max())
+    return worst.nan_to_num(nan=float("inf")).item()

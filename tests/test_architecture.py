@@ -17,9 +17,9 @@ LAYERS = (
     ("errors", "config"),
     ("methods", "ops", "data", "progress", "evaluate"),
     ("passes", "kernels", "recipes"),
-    ("calibration", "modules", "reporting", "checkpoint", "block_tuning"),
+    ("calibration", "modules", "reporting", "checkpoint", "output_head", "block_tuning"),
     ("api", "backend", "hf", "exporters"),
-    ("demo", "cli", "__main__"),
+    ("demo", "tuner", "cli", "__main__"),
 )
 
 
@@ -162,7 +162,7 @@ OPS = [
 
 
 def test_there_are_ops():
-    assert sorted(OPS) == ["quantize_activation", "twin_linear"]
+    assert sorted(OPS) == ["int8_linear", "prologue", "quantize_activation", "twin_gemm", "twin_linear"]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -185,5 +185,7 @@ def test_every_op_has_schema_fake_reference_kernel_and_test(op):
         if isinstance(n, ast.FunctionDef)
     }
     assert {"launch", "unsupported"} <= functions
-    for test in ("test_ops.py", "test_kernels.py", "gpu/test_kernels_gpu.py"):
-        assert op in (ROOT / "tests" / test).read_text(encoding="utf-8"), test
+    for folder in ("tests", "tests/gpu"):
+        tests = [file.read_text(encoding="utf-8") for file in (ROOT / folder).glob("test_*.py")]
+        called = [text for text in tests if f"tqcompile.kernels import {op}" in text]
+        assert called, f"no test in {folder} calls the kernel of {op}"

@@ -285,7 +285,11 @@ def test_ignore_takes_module_names_and_patterns():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"options": {"rnak": 8}}, "unknown option 'rnak'; known options: quantize, inner, inductor, scheme, rank"),
+        (
+            {"options": {"rnak": 8}},
+            "unknown option 'rnak'; known options: quantize, lower, inner, inductor, scheme, rank",
+        ),
+        ({"options": {"lower": "cuda"}}, "lower must be True, False or None, got 'cuda'"),
         ({"options": {"inner": "tvm"}}, "inner must be one of inductor, aot_eager, eager"),
         ({"options": {"rank": 7}}, "rank must be even"),
         ({"options": {"scheme": "twin-w3a3"}}, "known schemes"),

@@ -9,12 +9,12 @@ from torch import nn
 
 import tqcompile
 from tqcompile import block_tuning
+from tqcompile.block_tuning import TunableLinear, tune_block
 from tqcompile.calibration import BlockCall
 from tqcompile.config import Config, Scheme
 from tqcompile.methods.select import solve_site
 from tqcompile.methods.twin import SiteProblem
 from tqcompile.modules import TwinLinear
-from tqcompile.block_tuning import TunableLinear, tune_block
 
 
 def quantized(n=48, k=64, scheme="twin-w4a8", bias=True, seed=0):

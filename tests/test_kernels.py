@@ -5,18 +5,23 @@ import inspect
 import pytest
 import torch
 from kernel_bounds import (
+    INT8_CASES,
     QUANTIZE_CASES,
     TWIN_CASES,
+    random_int8_args,
     random_twin_args,
     twin_linear_exact,
     unpacked,
+    worst_int8_linear,
     worst_quantize_activation,
     worst_twin_linear,
 )
 
 pytest.importorskip("triton")
+from tqcompile.kernels import int8_linear as int8_kernel
 from tqcompile.kernels import quantize_activation as quantize_kernel
 from tqcompile.kernels import twin_linear as twin_kernel
+from tqcompile.ops.int8_linear import int8_linear_reference
 from tqcompile.ops.packing import dequantize_int4
 from tqcompile.ops.quantize_activation import quantize_activation_reference
 from tqcompile.ops.twin_linear import twin_linear_reference
@@ -174,3 +179,32 @@ def test_a_tile_fits_every_shape():
                     tile = twin_kernel.choose_tile(t, n, k, 64, group, int8, False, 132)
                     assert group % tile.step == 0
                     assert 1 <= tile.splits <= max(1, k // tile.step // 2)
+
+
+@pytest.mark.parametrize("case", INT8_CASES)
+def test_int8_linear_is_within_its_bound(case):
+    args = random_int8_args(*case, seed=0)
+    assert int8_kernel.unsupported(*args) is None
+    assert worst_int8_linear(int8_kernel.launch(*args), *args) <= 1
+    assert worst_int8_linear(int8_linear_reference(*args), *args) <= 1
+
+
+@pytest.mark.parametrize("tile", [(16, 16, 32, 4, 2), (64, 32, 64, 4, 2), (128, 128, 128, 8, 2)])
+def test_every_tile_of_int8_linear_is_right(tile):
+    args = random_int8_args(37, 150, 256, 2, BF16, True, seed=1)
+    assert worst_int8_linear(int8_kernel.launch(*args, tile=int8_kernel.Tile(*tile)), *args) <= 1
+
+
+def test_the_bound_of_int8_linear_sees_one_lost_product():
+    args = random_int8_args(5, 40, 256, 2, BF16, True, seed=2)
+    x = args[0].clone()
+    x[2, 100] = 0
+    assert worst_int8_linear(int8_kernel.launch(x, *args[1:]), *args) > 1
+
+
+def test_int8_linear_says_what_it_does_not_support():
+    x, weight, scale, _ = random_int8_args(3, 40, 96, 3, BF16, False)
+    assert int8_kernel.unsupported(x, weight, scale, None) is None
+    assert "multiple of 32" in int8_kernel.unsupported(x, weight, scale[:, :1].repeat(1, 6), None)
+    assert "not float32" in int8_kernel.unsupported(x.double(), weight, scale, None)
+    assert "int8" in int8_kernel.unsupported(x, weight.short(), scale, None)

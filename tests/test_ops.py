@@ -9,6 +9,7 @@ from random_components import packed
 
 from tqcompile import ops
 from tqcompile.ops.packing import dequantize_int4, integer_scales, pack_int4, unpack_int4
+from tqcompile.ops.twin_gemm import from_planes, to_planes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
@@ -208,3 +209,118 @@ def test_one_row_without_integer_scales_is_enough_for_none(row):
     good = [4.0] * len(row)
     assert integer_scales(torch.tensor([good, good]).bfloat16()) is not None
     assert integer_scales(torch.tensor([good, row, good]).bfloat16()) is None
+
+
+def int8_arguments(shape, dtype, n, groups, bias, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    k = shape[-1]
+    weight = torch.randint(-128, 128, (n, k), generator=g, dtype=torch.int8)
+    scale = (torch.rand(n, groups, generator=g) * 0.02 + 0.001).bfloat16()
+    b = torch.randn(n, generator=g).to(dtype) if bias else None
+    return torch.randn(shape, generator=g).to(dtype), weight, scale, b
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_int8_linear_matches_an_independent_computation(shape, dtype, bias):
+    args = int8_arguments(shape, dtype, 20, 2, bias)
+    torch.library.opcheck(ops.int8_linear, args)
+    x, weight, scale, b = args
+    w = wide(weight) * np.repeat(wide(scale), 64 // 2, axis=1)
+    exact = wide(x) @ w.T + (wide(b) if bias else 0)
+    bound = EPS[dtype] * np.abs(exact) + 1e-5 * (np.abs(wide(x)) @ np.abs(w).T + 1)
+    assert (np.abs(wide(ops.int8_linear(*args)) - exact) <= bound).all()
+
+
+def test_int8_linear_refuses_what_does_not_fit():
+    x, weight, scale, _ = int8_arguments((3, 64), torch.float32, 20, 2, False)
+    for wrong in (
+        (x.int(), weight, scale, None),
+        (x, weight.short(), scale, None),
+        (x[:, :32], weight, scale, None),
+        (x, weight, scale[:7], None),
+        (x, weight, scale[:, :1].expand(20, 3), None),
+        (x, weight, scale, torch.zeros(3)),
+    ):
+        with pytest.raises(RuntimeError):
+            torch.ops.tqcompile.int8_linear(*(a.to("meta") if a is not None else None for a in wrong))
+
+
+def natural(planes):
+    """Even channels first, then odd ones -> channels in their own order."""
+    values = np.empty_like(planes)
+    values[..., 0::2], values[..., 1::2] = np.split(planes, 2, -1)
+    return values
+
+
+def gemm_arguments(shape, dtype, integer, rank, bias, addend, n=20, groups=2, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    k = shape[-1]
+    operand, scale = torch.randn(shape, generator=g).to(dtype), None
+    if integer:
+        operand, scale = ops.quantize_activation_reference(operand)
+        operand = to_planes(operand)
+    t = torch.randn(*shape[:-1], rank, generator=g).to(dtype) if rank else None
+    up = packed(n, rank, 1, g) if rank else (None, None)
+    channel = torch.rand(n, generator=g) + 0.5
+    residual, residual_scale = packed(n, k, groups, g)
+    residual_scale = channel[:, None] * torch.randint(1, 17, residual_scale.shape, generator=g)
+    b = torch.randn(n, generator=g).to(dtype) if bias else None
+    a = torch.randn(*shape[:-1], n, generator=g).to(dtype) if addend else None
+    return (operand, scale, t, residual, residual_scale, channel if integer else None, *up, b, a, dtype)
+
+
+@pytest.mark.parametrize(
+    ("integer", "rank", "bias", "addend"), [(True, 6, True, True), (False, 6, False, True), (True, 0, True, False)]
+)
+def test_twin_gemm_keeps_the_contract_of_torch_library(integer, rank, bias, addend):
+    for i, shape in enumerate(SHAPES):
+        torch.library.opcheck(ops.twin_gemm, gemm_arguments(shape, DTYPES[i % 3], integer, rank, bias, addend))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [0, 10])
+@pytest.mark.parametrize("integer", [False, True])
+def test_twin_gemm_is_the_formula(dtype, rank, integer):
+    args = gemm_arguments((3, 5, 96), dtype, integer, rank, True, True, n=33, groups=3, seed=4)
+    operand, scale, t, residual, residual_scale, _, up, up_scale, bias, addend, _ = args
+    values = natural(wide(operand))
+    if integer:
+        values = values * wide(scale)
+    w = dense(residual, residual_scale)
+    y, size = values @ w.T + wide(bias) + wide(addend), np.abs(values) @ np.abs(w).T
+    size = size + np.abs(wide(bias)) + np.abs(wide(addend))
+    if rank:
+        y = y + natural(wide(t)) @ dense(up, up_scale).T
+        size = size + np.abs(natural(wide(t))) @ np.abs(dense(up, up_scale)).T
+    got = ops.twin_gemm(*args)
+    assert (got.dtype, got.shape) == (dtype, (3, 5, 33))
+    # One rounding of the result, half an ulp; float32 sums of 96 terms.
+    assert (np.abs(wide(got) - y) <= np.abs(y) * EPS[dtype] / 2 + size * 100 * EPS[torch.float32]).all()
+
+
+def test_planes_are_the_even_and_then_the_odd_channels():
+    x = torch.arange(12).reshape(2, 6)
+    assert to_planes(x).tolist() == [[0, 2, 4, 1, 3, 5], [6, 8, 10, 7, 9, 11]]
+    assert torch.equal(from_planes(to_planes(x)), x)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (1, None, "int8 operand comes with operand_scale"),
+        (2, None, "t, up and up_scale come together"),
+        (3, torch.zeros(20, 31, dtype=torch.uint8), "residual must be"),
+        (4, torch.ones(20, 5), "groups must divide K"),
+        (5, torch.ones(19), "channel_scale must be"),
+        (6, torch.zeros(20, 4, dtype=torch.uint8), "up must be"),
+        (8, torch.ones(19), "bias must be"),
+        (9, torch.ones(4, 19), "addend must be"),
+    ],
+)
+def test_wrong_arguments_of_twin_gemm_are_refused_while_tracing(position, value, message):
+    args = list(gemm_arguments((4, 64), torch.float32, True, 6, True, True))
+    args[position] = value
+    with pytest.raises(RuntimeError, match=message):
+        ops.twin_gemm(*[a.to("meta") if isinstance(a, torch.Tensor) else a for a in args])

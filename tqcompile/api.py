@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tqcompile import recipes
+from tqcompile.block_tuning import tune_block
 from tqcompile.calibration import Unit, collect_statistics, device_of, held_out_batches, split_into_units
 from tqcompile.checkpoint import quantization_config
 from tqcompile.config import Config, Scheme
@@ -26,14 +27,14 @@ from tqcompile.methods.recipe import RECIPES
 from tqcompile.methods.select import Solution, solve_site
 from tqcompile.methods.statistics import SiteStatistics
 from tqcompile.methods.twin import SiteProblem, absorbed
-from tqcompile.modules import TwinLinear
+from tqcompile.modules import QUANTIZED, TwinLinear
+from tqcompile.output_head import leave_head, quantize_head
 from tqcompile.passes.absorb_scale import absorb_into_norm, producer_channel, producer_scale
 from tqcompile.passes.analyze import analyze
 from tqcompile.passes.plan import Absorber, Site
 from tqcompile.passes.replace_linear import Journal
 from tqcompile.progress import Progress
 from tqcompile.reporting import BlockRecord, LayerRecord, Report, output_error, stored_bits
-from tqcompile.block_tuning import tune_block
 
 
 def compile(
@@ -94,6 +95,8 @@ def attach_recipe(
     Arguments and errors are those of :func:`compile`. Returns the report.
     """
     config = _resolve(config, scheme, overrides)
+    if config.lm_head != "keep":
+        raise ConfigError(f"attach_recipe leaves the model as it is, so lm_head={config.lm_head!r} has no place in it")
     with _frozen_while_working(model) as journal:
         quantized, report = _quantize(model, calib_data, tokenizer, config, journal, progress, absorb=False)
         journal.restore()
@@ -106,7 +109,7 @@ def check_model(model: nn.Module) -> None:
     """Raise ModelError when a model cannot be quantized at all, before any work is done."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected an nn.Module, got {type(model).__name__}. Load the model first.")
-    if any(isinstance(module, TwinLinear) for module in model.modules()):
+    if any(isinstance(module, QUANTIZED) for module in model.modules()):
         raise ModelError("the model is already quantized by tqcompile. Start from the original weights.")
     linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     if not linears:
@@ -151,7 +154,7 @@ def _quantize(
     absorb: bool,
 ) -> tuple[dict[str, QuantizedLinear], Report]:
     batches = _calibration_batches(model, calib_data, tokenizer, config)
-    plan = analyze(model, _example(model, batches), config)
+    plan = analyze(model, _example(model, batches), leave_head(model, config))
     if not plan.sites:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(plan.skipped.items())[:5])
         raise ModelError(f"no layer of {type(model).__name__} can be quantized ({reasons}).")
@@ -174,6 +177,8 @@ def _quantize(
             if tune and len(unit.calls) > 1:
                 results = _tune_unit(model, unit, results, config, journal, report, bar, absorb)
             quantized |= results
+    if config.lm_head != "keep":
+        quantize_head(model, config, batches, journal, report)
     return quantized, report
 
 
@@ -369,7 +374,7 @@ def _example(model: nn.Module, batches: list[Batch]) -> Batch:
 def _mark(model: nn.Module, config: Config, report: Report) -> None:
     """Leave on the model what saving, reporting and ``save_pretrained`` need."""
     model.tqcompile_report = report
-    specs = {name: m.spec.to_dict() for name, m in model.named_modules() if isinstance(m, TwinLinear)}
+    specs = {name: m.spec.to_dict() for name, m in model.named_modules() if isinstance(m, QUANTIZED)}
     model.tqcompile_quantization = quantization_config(config, specs)
     if hasattr(model, "config") and hasattr(model.config, "to_dict"):
         model.config.quantization_config = model.tqcompile_quantization

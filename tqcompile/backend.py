@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.fx
 from torch._dynamo import list_backends, lookup_backend, register_backend
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -26,8 +27,10 @@ from tqcompile.passes.base import run_passes
 from tqcompile.passes.buffers import example_value
 from tqcompile.passes.decompose_linear import DecomposeLinear, linear_operands
 from tqcompile.passes.find_linears import is_linear, linear_module_name
+from tqcompile.passes.fuse_prologue import FusePrologue
 from tqcompile.passes.fuse_twin_linear import FuseTwinLinear
 from tqcompile.passes.lower import Lower, op_name
+from tqcompile.passes.merge_siblings import TWIN, MergeSiblings
 from tqcompile.passes.share_activation_quant import ShareActivationQuant
 
 log = logging.getLogger("tqcompile")
@@ -59,12 +62,15 @@ def twinquant(
 ) -> Callable:
     """The backend. Options: every field of ``Config``; ``quantize``, False to leave plain linears alone;
     ``inner`` ("inductor", "aot_eager" or "eager") is who compiles the rewritten graph; ``inductor`` is a dict of
-    Inductor settings. ``mode`` is one of Inductor's.
+    Inductor settings; ``lower``, True or False, whether the ops become the ones made for a GPU, with sibling linears
+    merged (by default on CUDA only: elsewhere these ops run as plain torch). ``mode`` is one of Inductor's.
+
+    A graph lowered this way belongs to the tensors it was compiled for: another model of the same class compiles again.
 
     Raises:
         ConfigError: an option is unknown, or a gradient would have to flow through a quantized linear.
     """
-    config, quantize, inner, patches = _settings(mode, options or {})
+    config, quantize, lower, inner, patches = _settings(mode, options or {})
     placeholders = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     tensors = {node.name: value for node, value in placeholders.items() if isinstance(value, torch.Tensor)}
     if not quantize or any(op_name(node) for node in gm.graph.nodes):
@@ -81,10 +87,24 @@ def twinquant(
             FuseTwinLinear(),
             # q, k and v quantize their input once; so do gate and up.
             ShareActivationQuant(tensors),
-            # A kernel for each op, or the reason why plain torch runs.
-            Lower(),
         ],
     )
+    if _is_on_cuda(gm) if lower is None else lower:
+        merge = MergeSiblings(tensors, _guard_identity)
+        modified |= run_passes(
+            gm,
+            [
+                # q, k and v become one linear; so do gate and up.
+                merge,
+                # Norm or gate, transform, quantization and down projection in one op, the products in another.
+                FusePrologue(tensors, _guard_identity),
+            ],
+        )
+        if merge.moved_inputs and inner != "eager":
+            # AOTAutograd refuses inputs that lie elsewhere in memory than dynamo saw; dynamo looks again.
+            raise TensorifyScalarRestartAnalysis(restart_reason="sibling weights were moved into one storage")
+    # A kernel for each op, or the reason why plain torch runs.
+    modified |= run_passes(gm, [Lower()])
     compiled = _compile(inner, gm, example_inputs, patches)
     # Only now: AOTAutograd may make dynamo start this graph again, once it knows which floats are dynamic.
     reports.append(GraphReport(choose.quantized, choose.left, gm.meta["lower"], modified))
@@ -101,19 +121,35 @@ def _compile(inner: str, gm: torch.fx.GraphModule, example_inputs: list, patches
     return compile_fx(gm, example_inputs, config_patches=patches)
 
 
-def _settings(mode: str | None, options: dict) -> tuple[Config, bool, str, dict]:
-    """(config, whether plain linears are quantized, inner compiler, Inductor settings)."""
+def _is_on_cuda(gm: torch.fx.GraphModule) -> bool:
+    values = [example_value(node) for node in gm.graph.find_nodes(op="call_function", target=TWIN)]
+    return any(isinstance(value, torch.Tensor) and value.is_cuda for value in values)
+
+
+def _guard_identity(node: torch.fx.Node) -> None:
+    """Its tensor, or a part of it, is a constant of this graph: dynamo may not run the graph with another one."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is not None:
+        install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+
+
+def _settings(mode: str | None, options: dict) -> tuple[Config, bool, bool | None, str, dict]:
+    """(config, whether plain linears are quantized, whether to lower, inner compiler, Inductor settings)."""
     fields = [field.name for field in dataclasses.fields(Config)]
-    unknown = sorted(set(options) - {"quantize", "inner", "inductor", *fields})
+    own = ["quantize", "lower", "inner", "inductor"]
+    unknown = sorted(set(options) - {*own, *fields})
     if unknown:
         raise ConfigError(
             f'backend "twinquant": unknown option {", ".join(map(repr, unknown))}; known options: '
-            f"{', '.join(['quantize', 'inner', 'inductor', *fields])}. Inductor's own go into options['inductor']"
+            f"{', '.join([*own, *fields])}. Inductor's own go into options['inductor']"
         )
     inner, patches = options.get("inner", "inductor"), options.get("inductor") or {}
     quantize = options.get("quantize", True)
     if not isinstance(quantize, bool):
         raise ConfigError(f'backend "twinquant": option quantize must be True or False, got {quantize!r}')
+    lower = options.get("lower")
+    if lower not in (True, False, None):
+        raise ConfigError(f'backend "twinquant": option lower must be True, False or None, got {lower!r}')
     if inner not in INNER:
         raise ConfigError(f'backend "twinquant": option inner must be one of {", ".join(INNER)}, got {inner!r}')
     if inner != "inductor" and (mode or patches):
@@ -128,8 +164,10 @@ def _settings(mode: str | None, options: dict) -> tuple[Config, bool, str, dict]
         if mode not in modes:
             raise ConfigError(f'backend "twinquant": unknown mode {mode!r}; known modes: {", ".join(modes)}')
         patches = {**modes[mode], **patches}
+    if options.get("lm_head", "keep") != "keep":
+        raise ConfigError('backend "twinquant": lm_head is a setting of tqcompile.compile, which replaces modules')
     config = Config().replace(**{name: options[name] for name in fields if name in options})
-    return config, quantize, inner, patches
+    return config, quantize, lower, inner, patches
 
 
 _named = WeakTensorKeyDictionary()  # weights that cannot be quantized and are named in the log already
@@ -153,7 +191,7 @@ class _Choices:
         for operand in operands:
             # The components become constants of this graph, and dynamo would run it for any other layer with
             # the same code and shapes. With a guard on the identity of its parameters it compiles again.
-            install_guard(operand._dynamo_source.make_guard(GuardBuilder.ID_MATCH))
+            _guard_identity(operand)
         weight, bias = (*(self._placeholders[operand] for operand in operands), None)[:2]
         quantized = recipes.lookup(weight)
         self.quantized[name] = "data-free" if quantized is None else "attached"

@@ -18,7 +18,7 @@ from tqcompile import __version__
 from tqcompile.config import Config
 from tqcompile.errors import CheckpointError, ModelError
 from tqcompile.methods.components import LinearSpec
-from tqcompile.modules import TwinLinear
+from tqcompile.modules import Int8Linear, TwinLinear, empty_layer
 from tqcompile.reporting import Report
 
 QUANT_METHOD = "twinquant"
@@ -31,6 +31,7 @@ _SAFETENSORS_NAME = {
     torch.bfloat16: "BF16",
     torch.float64: "F64",
     torch.uint8: "U8",
+    torch.int8: "I8",
 }
 
 
@@ -141,13 +142,13 @@ def replace_linears(model: nn.Module, quantization: dict[str, Any], files: list[
         raise CheckpointError("the quantization_config in config.json describes no modules; it was altered.")
     headers = verify_files(files)
     manifest = _read_manifest(files[0].parent)
-    layers: dict[str, TwinLinear] = {}
+    layers: dict[str, TwinLinear | Int8Linear] = {}
     modules = dict(model.named_modules())
     for name, data in quantization["modules"].items():
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
             raise CheckpointError(f"{name}: no linear layer of that name; the checkpoint is of another model.")
-        layer = TwinLinear(_checked_spec(name, data, linear), device="meta")
+        layer = empty_layer(_checked_spec(name, data, linear), device="meta")
         for key, tensor in layer.state_dict().items():
             _check_entry(f"{name}.{key}", tensor, headers)
         if manifest is not None and manifest["modules"].get(name) != data:
@@ -308,6 +309,8 @@ def _checked_spec(name: str, data: dict, linear: nn.Linear) -> LinearSpec:
         or not _are_signs(spec.rotation_signs, spec.rotation_block)
         or spec.act_bits not in (4, 8, 16)
         or spec.low_rank_bits not in (4, 16)
+        or spec.weight_bits not in (4, 8)
+        or (spec.weight_bits == 8 and (spec.rank, spec.act_bits, spec.rotation_block, spec.scaled) != (0, 16, 0, False))
         or (spec.bias_dtype is not None and spec.bias_dtype not in _BIAS_DTYPES)
         or not isinstance(spec.act_ratio, (int, float))
         or not (0 < spec.act_ratio < 1 if spec.act_bits == 4 else spec.act_ratio == 0)

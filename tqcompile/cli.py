@@ -37,6 +37,25 @@ def demo(
     run(json)
 
 
+@app.command()
+def tune(
+    model: Annotated[Path | None, typer.Argument(help="A tqcompile checkpoint: tune for the shapes it has.")] = None,
+    shapes: Annotated[str, typer.Option(help="Instead of a model: NxK,NxK (out-features x in-features).")] = "",
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens to tune for.")] = "1,4,16,32,64,128,256,512,2048,8192",
+    rank: Annotated[int, typer.Option(help="With --shapes: rank of the low-rank component, 0 for none.")] = 64,
+    group_size: Annotated[int, typer.Option(help="With --shapes: weights that share one scale.")] = 128,
+    activations: Annotated[str, typer.Option(help="With --shapes: int8 (a4 and a8 schemes) or bfloat16.")] = "int8",
+    export: Annotated[
+        Path | None, typer.Option(help="Also write all of this GPU's results as a shipped table.")
+    ] = None,
+) -> None:
+    """Time the launch configurations of the fused kernel on this GPU and remember the fastest correct ones."""
+    from tqcompile import tuner
+
+    known = tuner.problems_of_checkpoint(model) if model else tuner.problems(shapes, rank, group_size, activations)
+    tuner.run(known, tuner.numbers(tokens, "--tokens"), export)
+
+
 def main() -> None:
     """Entry point of the ``tqcompile`` command; expected errors end in one line, not in a traceback."""
     try:

@@ -8,6 +8,7 @@ from tqcompile.errors import ConfigError
 
 METHODS = ("twin", "rtn", "gptq", "svdquant", "quarot", "spinquant")
 DEFAULT_IGNORE = ("lm_head",)
+HEADS = ("keep", "w8a16", "w4a16")
 _SCHEME = re.compile(r"(?P<method>[a-z0-9]+)-w(?P<w>\d+)a(?P<a>\d+)")
 
 
@@ -49,6 +50,9 @@ class Config:
     tune: steps of block tuning after a block is quantized (twin). 0 leaves it out.
     samples: at most this many calibration sequences are used. seq_len: length of the windows that texts are cut to.
     seed: seeds every random choice (signs of the Hadamard rotation, sketches of large SVDs).
+    lm_head: what becomes of the output head: "keep" leaves it as it is, "w8a16" and "w4a16" round its weights to 8 or 4
+        bits in groups of ``group_size``, activations stay as they are. A head that shares its weight with the
+        embeddings gets a rounded copy of its own.
     device: where the numerics run, e.g. ``"cuda"``; None means where the model is.
     """
 
@@ -61,6 +65,7 @@ class Config:
     samples: int = 128
     seq_len: int = 512
     seed: int = 0
+    lm_head: str = "keep"
     device: str | None = None
 
     def __post_init__(self):
@@ -75,6 +80,8 @@ class Config:
             raise ConfigError(f"group_size must be a positive multiple of 32, got {self.group_size}")
         if self.steps < 0 or self.tune < 0:
             raise ConfigError(f"steps and tune must not be negative, got {self.steps}, {self.tune}")
+        if self.lm_head not in HEADS:
+            raise ConfigError(f"lm_head must be one of {', '.join(HEADS)}, got {self.lm_head!r}")
         if self.samples < 1 or self.seq_len < 2:
             raise ConfigError(f"samples must be positive and seq_len at least 2, got {self.samples}, {self.seq_len}")
         if isinstance(self.ignore, str) or not isinstance(self.ignore, Iterable):

@@ -118,3 +118,33 @@ class TwinLinear(_FixedDtype):
             f"in_features={s.in_features}, out_features={s.out_features}, rank={s.rank}, "
             f"group_size={s.group_size}, act_bits={s.act_bits}"
         )
+
+
+class Int8Linear(_FixedDtype):
+    """A linear layer with 8-bit weights: weight_int8 (N, K) int8, weight_scale (N, K/g) bfloat16, bias (N,) or None."""
+
+    def __init__(self, spec: LinearSpec, device=None):
+        super().__init__()
+        self.spec = spec
+        self.in_features, self.out_features = spec.in_features, spec.out_features
+        n, k = spec.out_features, spec.in_features
+        scales = (n, k // spec.group_size)
+        bias = torch.empty(n, dtype=getattr(torch, spec.bias_dtype), device=device) if spec.bias_dtype else None
+        self.register_buffer("weight_int8", torch.empty(n, k, dtype=torch.int8, device=device))
+        self.register_buffer("weight_scale", torch.empty(scales, dtype=torch.bfloat16, device=device))
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.int8_linear(x, self.weight_int8, self.weight_scale, self.bias)
+
+    def extra_repr(self) -> str:
+        s = self.spec
+        return f"in_features={s.in_features}, out_features={s.out_features}, group_size={s.group_size}"
+
+
+QUANTIZED = (TwinLinear, Int8Linear)
+
+
+def empty_layer(spec: LinearSpec, device=None) -> TwinLinear | Int8Linear:
+    """The layer that ``spec`` describes, its tensors not yet filled."""
+    return (Int8Linear if spec.weight_bits == 8 else TwinLinear)(spec, device=device)

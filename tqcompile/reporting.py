@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tqcompile.errors import ModelError
-from tqcompile.modules import TwinLinear
+from tqcompile.modules import Int8Linear, TwinLinear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,13 +125,15 @@ class Report:
         console.print(f"{summary}, {len(self.skipped)} skipped")
 
 
-def stored_bits(layer: TwinLinear) -> float:
+def stored_bits(layer: TwinLinear | Int8Linear) -> float:
     """Bits per weight of a quantized layer: every stored tensor but the bias, over N * K."""
     total = sum(t.numel() * t.element_size() for n, t in layer.state_dict().items() if n != "bias")
     return 8 * total / (layer.out_features * layer.in_features)
 
 
-def output_error(layer: TwinLinear, reference: torch.Tensor, x: torch.Tensor, scale: torch.Tensor | None) -> float:
+def output_error(
+    layer: TwinLinear | Int8Linear, reference: torch.Tensor, x: torch.Tensor, scale: torch.Tensor | None
+) -> float:
     """Relative error of a quantized layer's product on rows x (T, K); reference: (N, K) float32 exact weights.
 
     scale: (K,) divided out of the layer's input by a neighbour, or None.

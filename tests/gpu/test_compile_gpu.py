@@ -99,3 +99,43 @@ def test_static_cache_and_cuda_graphs_at_8b_width():
     assert_every_op_runs_its_kernel()
     errors = [layer.error for layer in tqcompile.report(model).layers]
     assert max(errors) < 0.2
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_a_lowered_model_is_the_portable_model(family, scheme):
+    import transformers
+
+    sizes = {
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "num_hidden_layers": 3,
+        "vocab_size": 512,
+    }
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**sizes))
+    model = model.to(torch.bfloat16).eval()
+    tqcompile.compile(model, torch.randint(0, 512, (4, 128)), scheme=scheme, rank=32, backend=None, progress=False)
+    for shape in ((1, 1), (2, 5), (1, 40), (2, 300)):
+        ids = torch.randint(0, 512, shape, device="cuda")
+        results = {}
+        for lower in (None, False):
+            torch._dynamo.reset()
+            backend.reports.clear()
+            compiled = torch.compile(model, backend="twinquant", options={"quantize": False, "lower": lower})
+            with torch.no_grad():
+                results[lower] = compiled(ids, use_cache=False).logits.float()
+            ops = [name.split("_default")[0] for name in backend.reports[-1].lowered]
+            if lower is None:
+                assert (ops.count("prologue"), ops.count("twin_gemm"), len(ops)) == (12, 12, 24)
+            assert_every_op_runs_its_kernel()
+        with torch.no_grad():
+            exact = model(ids, use_cache=False).logits.float()
+        # bf16 sums rounded elsewhere, and activations that round the other way for it: as far apart as the
+        # portable graph is from the eager model.
+        apart = (results[False] - exact).norm() / exact.norm()
+        assert (results[None] - exact).norm() / exact.norm() <= 2 * apart + 1e-2

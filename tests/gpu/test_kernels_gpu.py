@@ -5,15 +5,19 @@ import contextlib
 import pytest
 import torch
 from kernel_bounds import (
+    INT8_CASES,
     QUANTIZE_CASES,
     TWIN_CASES,
+    random_int8_args,
     random_twin_args,
+    worst_int8_linear,
     worst_quantize_activation,
     worst_twin_linear,
 )
 
 pytest.importorskip("triton")
 from tqcompile import ops
+from tqcompile.kernels import int8_linear as int8_kernel
 from tqcompile.kernels import quantize_activation as quantize_kernel
 from tqcompile.kernels import twin_linear as twin_kernel
 
@@ -190,3 +194,30 @@ def test_the_op_inside_inductor_cuda_graphs():
         for _ in range(5):
             x = torch.randn(4, 4096, device="cuda", dtype=BF16)
             assert torch.equal(compiled(x), twin_kernel.launch(x + 1, *args[1:]))
+
+
+HEADS = [(t, n, k, k // 128, BF16, False) for t in (1, 16, 33, 100, 513) for n, k in ((128256, 4096), (151936, 1024))]
+
+
+@pytest.mark.parametrize("case", [*INT8_CASES, *HEADS])
+def test_int8_linear_is_within_its_bound(case):
+    args = random_int8_args(*case, device="cuda")
+    assert int8_kernel.unsupported(*args) is None
+    with poisoned_memory():
+        y = int8_kernel.launch(*args)
+    assert worst_int8_linear(y, *args) <= 1
+    for _ in range(20):
+        assert torch.equal(int8_kernel.launch(*args), y)
+
+
+def test_the_op_int8_linear_runs_the_kernel_and_is_captured():
+    args = random_int8_args(3, 1000, 512, 4, BF16, True, device="cuda")
+    expected = int8_kernel.launch(*args)
+    assert torch.equal(torch.ops.tqcompile.int8_linear(*args), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = torch.ops.tqcompile.int8_linear(*args)
+    y.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected)

@@ -16,6 +16,7 @@ class LinearSpec:
     rotation as hex digits, so that the matrix need not be stored; "" for any other matrix.
     scaled: an on-line (K,) input scale exists.
     bias_dtype: torch dtype name of the bias, or None.
+    weight_bits: 4, or 8 for an output head that is only rounded to int8 (rank 0, act_bits 16, no transform).
     """
 
     out_features: int
@@ -29,6 +30,7 @@ class LinearSpec:
     rotation_signs: str = ""
     scaled: bool = False
     bias_dtype: str | None = None
+    weight_bits: int = 4
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -41,7 +43,8 @@ class QuantizedLinear:
     residual.weight_packed (N, K/2) uint8, residual.weight_scale (N, K/g) bfloat16; with low_rank_bits 4 also
     down.weight_packed (R, K/2), down.weight_scale (R, K/g), up.weight_packed (N, R/2), up.weight_scale (N, 1);
     with 16 dense ``down`` (R, K) and ``up`` (N, R) bfloat16; transform.input_scale (K,), transform.rotation
-    (b, b) bfloat16, bias (N,) where they exist.
+    (b, b) bfloat16, bias (N,) where they exist. With ``weight_bits`` 8: weight_int8 (N, K),
+    weight_scale (N, K/g) bfloat16, bias.
     """
 
     spec: LinearSpec

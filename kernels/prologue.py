@@ -1,0 +1,389 @@
+"""Triton kernels of ``tqcompile::prologue``: norm or gate, transform, quantization and down projection.
+
+``_rows`` holds one token on chip from load to store. Few tokens: P programs share a token; each repeats its (cheap)
+norm and quantization, computes R / P values of t, and the first stores the rest. So there is one launch, nothing
+waits for another program, and the order of every sum is fixed. Many tokens: one program each, without t, and
+``_low_rank`` multiplies the stored operand with ``down`` on tensor cores.
+"""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from tqcompile.kernels.quantize_activation import ROTATION_BLOCKS
+from tqcompile.kernels.twin_linear import (
+    INTERPRET,
+    MAX_RANK,
+    _form,
+    _gpu,
+    _group_reason,
+    _nibbles,
+    _round_to_4_bits,
+    device_reason,
+    round_to,
+)
+
+MAX_K = 32768
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_ROW_PROGRAMS = 128  # programs that fill the GPU; more would only repeat more work
+_MOST_ROWS = 64  # tokens up to which the repeated work costs less than a second launch
+
+
+@triton.jit
+def _load(at, mask, EXACT: tl.constexpr):
+    """Values at pointers; EXACT: all of them exist."""
+    return tl.load(at) if EXACT else tl.load(at, mask=mask, other=0)
+
+
+@triton.jit
+def _norm(x, gain, K, eps, INTERPRET: tl.constexpr):
+    """RMSNorm of one token in the dtype of x, rounded where transformers rounds."""
+    wide = x.to(tl.float32)
+    inverse = tl.rsqrt(tl.div_rn(tl.sum(tl.sum(wide * wide, axis=1), axis=0), K.to(tl.float32)) + eps)
+    normed = round_to(wide * inverse, x.dtype, INTERPRET).to(tl.float32)
+    return round_to(gain.to(tl.float32) * normed, x.dtype, INTERPRET)
+
+
+@triton.jit
+def _gate(x, other, INTERPRET: tl.constexpr):
+    """silu(x) * other in the dtype of x, rounded after each."""
+    wide = x.to(tl.float32)
+    gate = round_to(tl.div_rn(wide, 1.0 + tl.exp(-wide)), x.dtype, INTERPRET).to(tl.float32)
+    return round_to(gate * other.to(tl.float32), x.dtype, INTERPRET)
+
+
+@triton.jit
+def _in_planes(r, R):
+    """Where element r of R stands in plane order."""
+    return r % 2 * (R // 2) + r // 2
+
+
+@triton.jit
+def _t_values(
+    d, even, odd, scale, down_scale, r, row, pair, live, R, groups, COLS: tl.constexpr, GROUP: tl.constexpr,
+    INT: tl.constexpr,
+):  # fmt: skip
+    """(STEP, 1, 1) values of t: rows r of down, bytes d (STEP, ROWS, COLS / 2), times the token's two planes."""
+    wide = d.to(tl.int8, bitcast=True).to(tl.int32)
+    low, high = (wide << 28) >> 28, wide >> 4
+    if INT:
+        products = low * even[None, :, :] + high * odd[None, :, :]
+    else:
+        products = low.to(tl.float32) * even[None, :, :] + high.to(tl.float32) * odd[None, :, :]
+    if GROUP % COLS == 0:  # one scale for a row of the tile: exact int32 sums
+        at = down_scale + r * groups + (row * COLS // GROUP)[None, :, :]
+        sums = tl.sum(products, axis=2, keep_dims=True).to(tl.float32)
+        sums *= tl.load(at, mask=live & (r < R), other=0.0).to(tl.float32)
+    else:
+        at = down_scale + r * groups + (2 * pair // GROUP)[None, :, :]
+        sums = products.to(tl.float32) * tl.load(at, mask=live & (r < R), other=0.0).to(tl.float32)
+        sums = tl.sum(sums, axis=2, keep_dims=True)
+    return tl.sum(sums, axis=1, keep_dims=True) * scale
+
+
+@triton.jit
+def _token(
+    token, first, x, other, gain, input_scale, turn, operand, operand_scale, q8, q8_scale, h,
+    K, x_stride, other_stride, eps, act_ratio,
+    ROWS: tl.constexpr, COLS: tl.constexpr, EXACT: tl.constexpr, BITS: tl.constexpr, KEEP8: tl.constexpr,
+    KIND: tl.constexpr, HAS_OTHER: tl.constexpr, SCALE: tl.constexpr, ROTATE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Everything but t of one token, stored where ``first``. Returns its two planes (ROWS, COLS / 2) and the scale."""
+    half: tl.constexpr = COLS // 2
+    row = tl.arange(0, ROWS)[:, None]
+    at = row * COLS + tl.arange(0, COLS)[None, :]
+    pair = row * half + tl.arange(0, half)[None, :]
+    live = at < K
+    # All loads come first, so that they are on their way together.
+    v = _load(x + token * x_stride + at, live, EXACT)
+    if HAS_OTHER:
+        o = _load(other + token * other_stride + at, live, EXACT)
+    if KIND == "rms_norm":
+        g = _load(gain + at, live, EXACT)
+    if SCALE:
+        s = _load(input_scale + at, live, EXACT)
+
+    if KIND == "rms_norm":
+        if HAS_OTHER:
+            v = round_to(v.to(tl.float32) + o.to(tl.float32), x.dtype.element_ty, INTERPRET)
+            tl.store(h + token * K + at, v, mask=live & first)
+        v = _norm(v, g, K, eps, INTERPRET)
+    elif KIND == "silu_mul":
+        v = _gate(v, o, INTERPRET)
+    if SCALE:
+        v = round_to(v.to(tl.float32) * s.to(tl.float32), x.dtype.element_ty, INTERPRET)
+    if ROTATE:
+        if INTERPRET:  # the interpreter's bf16 dot is wrong
+            v, turn = v.to(tl.float32), turn.to(tl.float32)
+        # Transposed: the token's values are then the operand that tensor cores read from shared memory, and the
+        # compiler does not move their change of layout up to the loads, where one load would wait for the other.
+        v = tl.trans(tl.dot(tl.trans(turn), tl.trans(v)))
+    v = v.to(tl.float32)
+
+    scale = 1.0
+    if BITS == 16:
+        v = round_to(v, x.dtype.element_ty, INTERPRET).to(tl.float32)
+        even, odd = tl.split(v.reshape(ROWS, half, 2))
+        planes, store = token * K + pair, (2 * pair < K) & first
+        tl.store(operand + planes, round_to(even, x.dtype.element_ty, INTERPRET), mask=store)
+        tl.store(operand + planes + K // 2, round_to(odd, x.dtype.element_ty, INTERPRET), mask=store)
+    else:
+        top = tl.max(tl.max(tl.abs(v), axis=1), axis=0)
+        scale = tl.div_rn(tl.maximum(top, 1e-30), 127.0)
+        # Adding and taking away 1.5 * 2**23 rounds to integers, ties to even.
+        q = (tl.div_rn(v, scale) + 12582912.0) - 12582912.0
+        q = tl.minimum(tl.maximum(q, -127.0), 127.0).to(tl.int32)
+        even, odd = tl.split(q.reshape(ROWS, half, 2))
+        planes, store = token * K + pair, (2 * pair < K) & first
+        if BITS == 8 or KEEP8:
+            tl.store(q8 + planes, even.to(tl.int8), mask=store)
+            tl.store(q8 + planes + K // 2, odd.to(tl.int8), mask=store)
+            tl.store(q8_scale + token, scale, mask=first)
+        if BITS == 4:
+            tl.store(operand + planes, _round_to_4_bits(even, act_ratio, INTERPRET), mask=store)
+            tl.store(operand + planes + K // 2, _round_to_4_bits(odd, act_ratio, INTERPRET), mask=store)
+            tl.store(operand_scale + token, tl.div_rn(scale, act_ratio), mask=first)
+    return even, odd, scale
+
+
+@triton.jit(do_not_specialize=["T"])
+def _rows(
+    x, other, gain, input_scale, rotation, down, down_scale, operand, operand_scale, q8, q8_scale, t, h,
+    T, K, R, x_stride, other_stride, eps, act_ratio,
+    P: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, EXACT: tl.constexpr, BITS: tl.constexpr, KEEP8: tl.constexpr,
+    KIND: tl.constexpr, HAS_OTHER: tl.constexpr, SCALE: tl.constexpr, ROTATE: tl.constexpr,
+    INTERPRET: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """RP > 0: program p of the P of a token computes RP values of t from p * RP on, STEP at a time.
+    RP 0: a program takes one token after another, so that the rotation is read once."""
+    turn = rotation
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()  # twin_gemm may start; it waits by itself for what is stored here
+    if RP > 0:
+        token = (tl.program_id(0) // P).to(tl.int64)
+        part = tl.program_id(0) % P
+        row = tl.arange(0, ROWS)[:, None]
+        pair = row * (COLS // 2) + tl.arange(0, COLS // 2)[None, :]  # a pair of channels is one byte of down
+        r = part * RP + tl.arange(0, STEP)[:, None, None]
+        d_at = down + r * (K // 2) + pair[None, :, :]
+        d_live = (2 * pair < K)[None, :, :]
+        # Asked for before the token, so that it is there when the token is quantized.
+        d = tl.load(d_at, mask=d_live & (r < R), other=0)
+        if ROTATE:
+            turn = tl.load(rotation + tl.arange(0, COLS)[:, None] * COLS + tl.arange(0, COLS)[None, :])
+        if PDL:
+            tl.extra.cuda.gdc_wait()  # x comes from the kernel before; down and the rotation do not
+        even, odd, scale = _token(
+            token, part == 0, x, other, gain, input_scale, turn, operand, operand_scale, q8, q8_scale, h,
+            K, x_stride, other_stride, eps, act_ratio,
+            ROWS, COLS, EXACT, BITS, KEEP8, KIND, HAS_OTHER, SCALE, ROTATE, INTERPRET,
+        )  # fmt: skip
+        s_live = (row * COLS < K)[None, :, :] if GROUP % COLS == 0 else d_live
+        for i in tl.range(0, RP, STEP, num_stages=1):
+            byte = d
+            if STEP < RP:  # the next rows, while these are multiplied
+                d_at += STEP * (K // 2)
+                d = tl.load(d_at, mask=d_live & (r + i + STEP < R) & (i + STEP < RP), other=0)
+            value = _t_values(
+                byte, even, odd, scale, down_scale, r + i, row, pair, s_live, R, K // GROUP, COLS, GROUP, BITS != 16
+            )  # fmt: skip
+            value = round_to(value, t.dtype.element_ty, INTERPRET)
+            tl.store(t + token * R + _in_planes(r + i, R), value, mask=r + i < R)
+    else:
+        if ROTATE:
+            turn = tl.load(rotation + tl.arange(0, COLS)[:, None] * COLS + tl.arange(0, COLS)[None, :])
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        start = tl.program_id(0).to(tl.int64)
+        for i in tl.range(0, tl.cdiv(T - tl.program_id(0), tl.num_programs(0)), num_stages=1):
+            token = start + i * tl.num_programs(0)
+            _token(
+                token, token >= 0, x, other, gain, input_scale, turn, operand, operand_scale,
+                q8, q8_scale, h, K, x_stride, other_stride, eps, act_ratio,
+                ROWS, COLS, EXACT, BITS, KEEP8, KIND, HAS_OTHER, SCALE, ROTATE, INTERPRET,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T"])
+def _low_rank(
+    x, x_scale, down, down_scale, t, T, K, R, factor,
+    GROUP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr,
+    INT: tl.constexpr, FORM: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """t (T, R) of operands x (T, K), int8 or floating; both in plane order. Transposed: t^T = D x^T."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    r, byte = tl.arange(0, RP), tl.arange(0, BK // 2)
+    m_live, r_live = m < T, r < R
+    x_row = x + m.to(tl.int64)[:, None] * K
+    d_at = down + r[:, None] * (K // 2) + byte[None, :]
+    ds_at = down_scale + r * (K // GROUP)
+    acc = tl.zeros((RP, BM), tl.float32)
+    for step in tl.range(0, K // BK):
+        d = tl.load(d_at + step * (BK // 2), mask=r_live[:, None], other=0)
+        ds = tl.load(ds_at + step * BK // GROUP, mask=r_live, other=0.0).to(tl.float32)
+        even_at = x_row + step * (BK // 2) + byte[None, :]
+        even = tl.load(even_at, mask=m_live[:, None], other=0)
+        odd = tl.load(even_at + K // 2, mask=m_live[:, None], other=0)
+        if INTERPRET and not INT:
+            even, odd = even.to(tl.float32), odd.to(tl.float32)  # the interpreter's bf16 dot is wrong
+        low, high = _nibbles(d.to(tl.int8, bitcast=True), FORM)
+        if INT:
+            part = tl.dot(low, even.T, out_dtype=tl.int32)
+            part = tl.dot(high, odd.T, acc=part, out_dtype=tl.int32).to(tl.float32)
+        else:
+            part = tl.dot(low, even.T, input_precision="ieee")
+            part = tl.dot(high, odd.T, acc=part, input_precision="ieee")
+        acc += part * ds[:, None]
+    if INT:
+        acc *= (tl.load(x_scale + m, mask=m_live, other=0.0) * factor)[None, :]
+    live = m_live[None, :] & r_live[:, None]
+    at = t + m.to(tl.int64)[None, :] * R + _in_planes(r, R)[:, None]
+    tl.store(at, round_to(acc, t.dtype.element_ty, INTERPRET), mask=live)
+
+
+class Plan(NamedTuple):
+    """How a launch is cut. ``parts`` programs a token, ``ranks`` values of t each (0: t in a launch of its own)."""
+
+    parts: int
+    ranks: int
+    step: int
+    rows: int
+    columns: int
+    warps: int
+
+
+def choose_plan(t: int, k: int, rank: int, group: int, block: int) -> Plan:
+    """The plan for a shape, by rule; block is 0 without rotation, rank 0 without down."""
+    # Rows of one group, where no rotation asks for another width: one scale a row.
+    columns = block or min(128, group & -group)
+    rows = max(16, triton.next_power_of_2(-(-k // columns)))  # 16 rows are the smallest matrix of a dot
+    warps = 4 if rows * columns <= 2048 else 8 if rows * columns <= 8192 else 16
+    if rank == 0 or (t > _MOST_ROWS and group % 64 == 0):
+        return Plan(1, 0, 1, rows, columns, warps)
+    padded = triton.next_power_of_2(rank)
+    ranks = max(padded * t // _ROW_PROGRAMS, 1 if rows * columns > 8192 else 2)
+    ranks = min(triton.next_power_of_2(ranks), padded)
+    # At most 16 bytes of down a thread at a time, and as many on their way: more would not stay in registers.
+    step = max(1, min(ranks, 1024 * warps // (rows * columns)))
+    return Plan(padded // ranks, ranks, step, rows, columns, warps)
+
+
+def unsupported(x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio) -> str | None:
+    """Why :func:`launch` cannot serve these arguments (those of ``tqcompile::prologue``), or None."""
+    reason = device_reason(x.device)
+    if reason:
+        return reason
+    tensors = (other, gain, input_scale, rotation, down, down_scale)
+    if any(a is not None and a.device != x.device for a in tensors):
+        return "all tensors must be on one device"
+    if x.dtype not in _FLOATS or x.dim() == 0:
+        return f"x must be float32, float16 or bfloat16 with a last dimension, got {x.dtype}"
+    k = x.shape[-1]
+    if k == 0 or k % 2 or k > MAX_K:
+        return f"K must be even and at most {MAX_K}, got {k}"
+    if any(a is not None and a.dtype != x.dtype for a in (other, gain)):
+        return "other and gain must have the dtype of x"
+    if (gain is not None and gain.shape != (k,)) or (other is not None and other.shape != x.shape):
+        return f"gain must be ({k},) and other of the shape of x"
+    if input_scale is not None and (input_scale.shape != (k,) or input_scale.dtype not in _FLOATS):
+        return f"input_scale must be ({k},) floating point, got {tuple(input_scale.shape)}"
+    if rotation is not None:
+        b = rotation.shape[0] if rotation.dim() == 2 and rotation.shape[0] == rotation.shape[1] else 0
+        if b not in ROTATION_BLOCKS or k % b or not rotation.is_floating_point():
+            return f"rotation must be (b, b), b in {ROTATION_BLOCKS} dividing K={k}, got {tuple(rotation.shape)}"
+        if x.dtype == torch.float32:
+            return "a float32 rotation does not run on tensor cores"
+    if down is None:
+        return None
+    r = down.shape[0]
+    if down.dtype != torch.uint8 or down.dim() != 2 or down.shape[1] != k // 2 or not 2 <= r <= MAX_RANK:
+        return f"down must be uint8 (2 to {MAX_RANK}, {k}/2), got {down.dtype} {tuple(down.shape)}"
+    if not (down.is_contiguous() and down_scale.is_contiguous()):
+        return "down and down_scale must be contiguous"
+    return _group_reason("down", k, down_scale, r)
+
+
+def launch(
+    x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio, plan=None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run the kernels on arguments for which :func:`unsupported` returned None.
+
+    Args: those of ``tqcompile::prologue``; ``plan`` overrides :func:`choose_plan` (tests, tuning).
+    Returns: operand, operand_scale, t, h.
+    """
+    lead, k = x.shape[:-1], x.shape[-1]
+    rank = 0 if down is None else down.shape[0]
+    stream = kind == "rms_norm" and other is not None
+    operand = x.new_empty((*lead, k), dtype=x.dtype if act_bits == 16 else torch.int8)
+    operand_scale = x.new_empty(0 if act_bits == 16 else (*lead, 1), dtype=torch.float32)
+    t, h = x.new_empty((*lead, rank)), x.new_empty((*lead, k) if stream else 0)
+    if operand.numel():
+        args = (_as_rows(x), None if other is None else _as_rows(other), gain, input_scale, rotation)
+        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+            _run(*args, down, down_scale, kind, eps, act_bits, act_ratio, operand, operand_scale, t, h, plan)
+    return operand, operand_scale, t, h
+
+
+def _as_rows(x: torch.Tensor) -> torch.Tensor:
+    """(..., K) -> (T, K), without a copy where the rows have one stride."""
+    return (x if x.stride(-1) == 1 else x.contiguous()).reshape(-1, x.shape[-1])
+
+
+def _run(
+    x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio,
+    operand, operand_scale, t, h, plan,
+) -> None:  # fmt: skip
+    tokens, k = x.shape
+    rank = 0 if down is None else down.shape[0]
+    group = k // down_scale.shape[1] if rank else 128
+    plan = plan or choose_plan(tokens, k, rank, group, 0 if rotation is None else rotation.shape[0])
+    apart = rank > 0 and plan.ranks == 0
+    q8, q8_scale = operand, operand_scale
+    if apart and act_bits == 4:
+        q8, q8_scale = torch.empty_like(operand), torch.empty_like(operand_scale)
+    # Programmatic dependent launch: this kernel starts before the one in front has ended, and twin_gemm before this.
+    dependent = x.is_cuda and _gpu(x.device.index).major >= 9
+    launch_options = {"launch_pdl": True} if dependent else {}
+    nothing = x  # stands for tensors that are not read
+    programs = tokens * plan.parts if plan.ranks else min(tokens, _sms(x) * max(1, 32 // plan.warps))
+    _rows[(programs,)](
+        x, nothing if other is None else other, nothing if gain is None else gain.contiguous(),
+        nothing if input_scale is None else input_scale.contiguous(),
+        nothing if rotation is None else rotation.to(x.dtype).contiguous(),
+        down if rank else nothing, down_scale if rank else nothing,
+        operand, operand_scale, q8, q8_scale, t, h,
+        tokens, k, rank, x.stride(0), 0 if other is None else other.stride(0), float(eps), float(act_ratio),
+        P=plan.parts, RP=plan.ranks, STEP=plan.step, GROUP=group, ROWS=plan.rows, COLS=plan.columns,
+        EXACT=plan.rows * plan.columns == k,
+        BITS=act_bits, KEEP8=apart, KIND=kind, HAS_OTHER=other is not None,
+        SCALE=input_scale is not None, ROTATE=rotation is not None, INTERPRET=INTERPRET, PDL=dependent,
+        num_warps=plan.warps, **launch_options,
+    )  # fmt: skip
+    if apart:
+        _run_low_rank(q8, q8_scale, down, down_scale, t, dependent)
+
+
+def _sms(x: torch.Tensor) -> int:
+    return _gpu(x.device.index).multi_processor_count if x.is_cuda else 2
+
+
+def _run_low_rank(x, x_scale, down, down_scale, t, dependent: bool) -> None:
+    tokens, k, rank = x.numel() // x.shape[-1], x.shape[-1], down.shape[0]
+    group = k // down_scale.shape[1]
+    wide = x.dtype == torch.float32  # no tensor core
+    step = min(32 if wide else 128, group & -group)
+    tile = 16 if wide or tokens < 4096 else 32 if tokens < 8192 else 64
+    _low_rank[(-(-tokens // tile),)](
+        x, x_scale, down, down_scale, t, tokens, k, rank, 1 / 16,  # int8 weights enter the dot as 16 * q
+        GROUP=group, BM=tile, BK=step, RP=max(32, triton.next_power_of_2(rank)),
+        INT=x.dtype == torch.int8, FORM=_form(x.dtype), INTERPRET=INTERPRET, PDL=dependent,
+        num_warps=4, num_stages=4, **({"launch_pdl": True} if dependent else {}),
+    )  # fmt: skip

@@ -1,0 +1,322 @@
+"""The kernels of ``tqcompile::twin_gemm``, and which one a launch uses.
+
+    gemv    one or two int8 tokens                       twin_gemv.py
+    skinny  a few tokens, int8 or 16-bit floats          twin_skinny.py
+    wgmma   any number of int8 tokens, on Hopper         twin_wgmma.py
+    dense   many floating-point tokens: weights are unpacked once, then two dense products
+    tile    everything else                              twin_tile.py
+
+A configuration is a dict: {"kernel": name, ...} with the fields that :func:`choose` fills in. It comes from the
+caller, from the table of measured ones (tuning.py), or from the rule in :func:`choose`. Nothing is tuned at a launch.
+"""
+
+import contextlib
+import math
+
+import torch
+import torch.nn.functional as F
+import triton
+
+from tqcompile.kernels.split_counters import split_counters
+from tqcompile.kernels.tuning import config_for, form_of, gpu_name
+from tqcompile.kernels.twin_linear import _FLOATS, INTERPRET, MAX_RANK, MAX_UP_GROUPS, _form, _gpu, device_reason
+from tqcompile.kernels.twin_tile import twin_tile, unpack_planes
+
+try:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from tqcompile.kernels.twin_gemv import twin_gemv
+    from tqcompile.kernels.twin_skinny import twin_skinny
+    from tqcompile.kernels.twin_wgmma import twin_wgmma
+
+    GLUON_REASON = None
+except ImportError as error:  # Gluon is experimental: a Triton release may move it
+    GLUON_REASON = f"this Triton's Gluon cannot be imported ({error})"
+
+_HALVES = (torch.float16, torch.bfloat16)
+_RANKS = (0, 32, 64, 128)  # of the wgmma form
+_SHARED_BYTES = 227 * 1024  # of a Hopper multiprocessor
+# Microseconds of one K step of a tile of 128 rows on one H200 multiprocessor, by tokens of the tile. Measured.
+_STEP_US = {8: 0.34, 16: 0.34, 32: 0.34, 64: 0.35, 128: 0.43, 256: 0.69}
+DENSE_TOKENS = 512  # from here unpacking once is cheaper than unpacking in every tile of tokens
+
+
+def unsupported(
+    operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend, dtype
+) -> str | None:
+    """Why :func:`launch` cannot serve these arguments (those of ``tqcompile::twin_gemm``), or None."""
+    reason = device_reason(operand.device)
+    if reason:
+        return reason
+    tensors = (operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend)
+    if any(a is not None and a.device != operand.device for a in tensors):
+        return "all tensors must be on one device"
+    if any(a is not None and not a.is_contiguous() for a in (operand, *tensors[:-1])):
+        return "all tensors must be contiguous"
+    if dtype not in _FLOATS:
+        return f"output dtype must be float32, float16 or bfloat16, got {dtype}"
+    if operand.dim() == 0 or (operand.dtype != torch.int8 and operand.dtype not in _FLOATS):
+        return f"operand must be int8, float32, float16 or bfloat16 with a last dimension, got {operand.dtype}"
+    if (operand.dtype == torch.int8) != (operand_scale is not None):
+        return "an int8 operand comes with operand_scale, a float operand without"
+    n, k, rows = residual.shape[0], operand.shape[-1], operand.shape[:-1]
+    if operand_scale is not None and (operand_scale.dtype != torch.float32 or operand_scale.numel() != rows.numel()):
+        return f"operand_scale must be float32 {(*rows, 1)}"
+    if residual.dtype != torch.uint8 or residual.shape != (n, k // 2) or n == 0:
+        return f"residual must be uint8 (N, {k}/2), got {residual.dtype} {tuple(residual.shape)}"
+    if residual_scale.dim() != 2 or residual_scale.shape[0] != n or residual_scale.dtype not in _FLOATS:
+        return f"residual_scale must be ({n}, groups) floating point"
+    groups = residual_scale.shape[1]
+    if groups == 0 or k % groups or k // groups % 64:
+        return f"groups must hold a multiple of 64 channels, got K={k} in {groups} groups"
+    if channel_scale is not None and (channel_scale.dtype != torch.float32 or channel_scale.shape != (n,)):
+        return f"channel_scale must be ({n},) float32"
+    if bias is not None and (bias.shape != (n,) or bias.dtype not in _FLOATS):
+        return f"bias must be ({n},) floating point"
+    if addend is not None and (addend.shape != (*rows, n) or addend.dtype not in _FLOATS):
+        return f"addend must be {(*rows, n)} floating point"
+    if len({a is None for a in (t, up, up_scale)}) != 1:
+        return "t, up and up_scale come together"
+    if t is None:
+        return None
+    r = t.shape[-1]
+    if not 2 <= r <= MAX_RANK or r % 2 or t.dtype != dtype or t.shape[:-1] != rows:
+        return f"t must be {(*rows, 'R')} of {dtype}, R even and at most {MAX_RANK}, got {t.dtype} {tuple(t.shape)}"
+    if up.dtype != torch.uint8 or up.shape != (n, r // 2):
+        return f"up must be uint8 ({n}, {r}/2)"
+    up_groups = up_scale.shape[1] if up_scale.dim() == 2 and up_scale.shape[0] == n else 0
+    if not 1 <= up_groups <= MAX_UP_GROUPS or r % (2 * up_groups) or up_scale.dtype not in _FLOATS:
+        return f"up_scale must be floating point ({n}, 1 to {MAX_UP_GROUPS} groups of R={r})"
+    return None
+
+
+class _Problem:
+    """What decides about kernels: T, N, K, R, g (group), the operand's and result's dtypes, and the GPU."""
+
+    def __init__(self, operand, t, residual, residual_scale, channel_scale, up_scale, dtype):
+        self.n, self.k = residual.shape[0], operand.shape[-1]
+        self.t = operand.numel() // self.k
+        self.group = self.k // residual_scale.shape[1]
+        self.r = 0 if t is None else t.shape[-1]
+        self.operand, self.dtype = operand.dtype, dtype
+        self.grid = channel_scale is not None
+        self.one_up_group = up_scale is None or up_scale.shape[1] == 1
+        self.index = operand.device.index if operand.is_cuda else None
+        self.sms = _gpu(self.index).multi_processor_count if operand.is_cuda else 132
+        self.major = _gpu(self.index).major if operand.is_cuda else 0
+
+    def kernels(self) -> list[str]:
+        """Names of the kernels that can run it; "tile" is always among them."""
+        found = ["tile"]
+        plain = GLUON_REASON is None and not INTERPRET and self.one_up_group and self.dtype in _HALVES
+        int8, power = self.operand == torch.int8, self.group & (self.group - 1) == 0
+        aligned = self.k % 128 == 0 and self.group % 128 == 0
+        if plain and int8 and self.t <= 4 and power and 64 <= self.group <= 1024 and self.r & (self.r - 1) == 0:
+            found.append("gemv")
+        if plain and aligned and self.t <= 32 and self.r % 8 == 0 and (int8 or self.operand == self.dtype):
+            found.append("skinny")
+        if plain and int8 and aligned and self.grid and self.major == 9 and self.n % 8 == 0 and self.r in _RANKS:
+            found.append("wgmma")
+        if not int8 and self.operand == self.dtype and self.dtype in _HALVES:
+            found.append("dense")
+        return found
+
+
+def _splits(tiles: int, steps: int, bm: int, sms: int) -> tuple[float, int]:
+    """(microseconds, S): the fastest way to cut each of ``tiles`` into S parts of K, by the measured step time."""
+
+    def cost(s: int) -> float:
+        rounds = -(-tiles * s // sms)
+        return rounds * (-(-steps // s) * _STEP_US[bm] + 1.5) + (1.0 + s * bm / 64 if s > 1 else 0.0)
+
+    return min((cost(s), s) for s in (1, 2, 3, 4, 6, 8) if s <= max(1, steps // 4))
+
+
+def choose(p: _Problem) -> dict:
+    """The configuration of a problem, by rule."""
+    can = p.kernels()
+    few = p.t <= 2 or (p.t <= 4 and "wgmma" not in can and "skinny" not in can)
+    if "gemv" in can and few:
+        return {"kernel": "gemv", "rows": 4 if p.n < 2 * p.k and p.t == 1 else 2, "warps": 4, "unroll": 4}
+    if "skinny" in can and p.t <= 16 and ("wgmma" not in can or p.n * p.k < 2**25 or p.t <= 4):
+        ks = 8 if p.k > 8192 else 4
+        return {"kernel": "skinny", "rw": 2 if ks == 8 and p.t > 8 else 1, "ks": ks, "unroll": 2 if p.t > 8 else 4}
+    if "wgmma" in can:
+        sizes = [bm for bm in _STEP_US if min(p.t, 64) <= bm and (bm < 2 * p.t or bm == 8)]
+        costs = [(*_splits(-(-p.n // 128) * -(-p.t // bm), p.k // 128, bm, p.sms), bm) for bm in sizes]
+        _, splits, bm = min(costs)
+        # Two programs on a multiprocessor have half the registers each: only where there are that many.
+        more = -(-p.n // 128) * -(-p.t // bm) * splits > p.sms
+        return {"kernel": "wgmma", "bm": bm, "splits": splits, "ctas": 2 if bm <= 64 and more else 1}
+    if "dense" in can and p.t >= DENSE_TOKENS:
+        return {"kernel": "dense"}
+    bm = next(size for size in (16, 32, 64) if p.t <= size or size == 64)
+    return {"kernel": "tile", "bm": bm, "bn": 64, "warps": 4, "stages": 3}
+
+
+def candidates(n: int, k: int, t: int, form: str) -> list[dict]:
+    """Configurations that ``tqcompile tune`` tries for a shape; form: see tuning.form_of."""
+    found = []
+    if form.startswith("int8"):
+        if t <= 4:
+            found += [
+                {"kernel": "gemv", "rows": rows, "warps": 4, "unroll": unroll}
+                for rows in (1, 2, 4)
+                for unroll in (2, 4)
+            ]
+        if "grid" in form:
+            for bm in (8, 16, 32, 64, 128, 256):
+                if bm >= min(t, 64):
+                    ctas = (1, 2, 3) if bm <= 16 else (1, 2) if bm <= 64 else (1,)
+                    splits = (1, 2, 4, 8) if t <= 512 else (1,)
+                    found += [{"kernel": "wgmma", "bm": bm, "splits": s, "ctas": c} for s in splits for c in ctas]
+    if t <= 32:
+        found += [
+            {"kernel": "skinny", "rw": rw, "ks": ks, "unroll": 4 if t <= 8 else 2}
+            for rw, ks in ((1, 4), (1, 8), (2, 2), (2, 4), (2, 8), (4, 1))
+        ]
+    if not form.startswith("int8"):
+        found += [{"kernel": "dense"}]
+        found += [
+            {"kernel": "tile", "bm": 16 if t <= 16 else 64, "bn": bn, "warps": 4, "stages": 3} for bn in (64, 128)
+        ]
+    return found
+
+
+def launch(
+    operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend, dtype, config=None
+) -> torch.Tensor:
+    """Run a kernel on arguments for which :func:`unsupported` returned None.
+
+    Args: those of ``tqcompile::twin_gemm``; ``config`` overrides the choice (tests, tuning).
+    Returns: (..., N) of ``dtype``.
+    Raises: ValueError: ``config`` names a kernel that cannot run this problem.
+    """
+    y = operand.new_empty((*operand.shape[:-1], residual.shape[0]), dtype=dtype)
+    if y.numel() == 0:
+        return y
+    p = _Problem(operand, t, residual, residual_scale, channel_scale, up_scale, dtype)
+    if config is None and operand.is_cuda:
+        form = form_of(operand.dtype, p.grid, p.group, p.r)
+        config = config_for("twin_gemm", gpu_name(p.index or 0), p.n, p.k, p.t, form)
+        if config is not None and config["kernel"] not in p.kernels():
+            config = None  # measured for another problem of the same class
+    elif config is not None and config["kernel"] not in p.kernels():
+        raise ValueError(f"twin_gemm: kernel {config['kernel']!r} cannot run this problem; possible: {p.kernels()}")
+    config = config or choose(p)
+    addend = None if addend is None else addend.contiguous()
+    run = {"gemv": _run_gemv, "skinny": _run_skinny, "wgmma": _run_wgmma, "dense": _run_dense, "tile": _run_tile}
+    with torch.cuda.device(operand.device) if operand.is_cuda else contextlib.nullcontext():
+        run[config["kernel"]](
+            p, config, y, operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend
+        )
+    return y
+
+
+def describe(*args) -> str:
+    """The name of the kernel that :func:`launch` uses for these arguments of ``tqcompile::twin_gemm``."""
+    operand, _, t, residual, residual_scale, channel_scale, _, up_scale, _, _, dtype = args
+    return choose(_Problem(operand, t, residual, residual_scale, channel_scale, up_scale, dtype))["kernel"]
+
+
+def _dependent(p: _Problem) -> bool:
+    """Whether to use programmatic dependent launch: the kernel starts before its prologue has ended."""
+    return p.major >= 9
+
+
+def _run_gemv(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias, addend) -> None:
+    rows, warps = config["rows"], config["warps"]
+    twin_gemv[(-(-p.n // (rows * warps)),)](
+        x.view(torch.int32), x_scale, y if t is None else t, w.view(torch.int32), scale,
+        w if up is None else up, scale if up is None else up_scale, _or(bias, y), _or(addend, y), y, p.n, p.k // 8,
+        TOKENS=p.t, ROWS=rows, WARPS=warps, UNROLL=config["unroll"], G=p.k // p.group, WORDS=p.group // 8, R=p.r,
+        HAS_BIAS=bias is not None, HAS_ADDEND=addend is not None, PDL=_dependent(p),
+        num_warps=warps, launch_pdl=_dependent(p),
+    )  # fmt: skip
+
+
+def _run_skinny(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias, addend) -> None:
+    rw, ks = config["rw"], config["ks"]
+    kind = {torch.int8: None, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[p.operand]
+    words = w.view(torch.int32)
+    twin_skinny[(-(-p.n // (16 * rw)),)](
+        x.view(torch.int32), scale if x_scale is None else x_scale, words if t is None else t.view(torch.int32), words,
+        scale, words if up is None else up.view(torch.int32), scale if up is None else up_scale,
+        _or(bias, y), _or(addend, y), y, p.t, p.n, p.k // 8,
+        TILES=-(-p.t // 8), RW=rw, KS=ks, UNROLL=config["unroll"], G=p.k // 128, GROUP_STEPS=p.group // 128, R=p.r,
+        FLOAT=kind, HAS_BIAS=bias is not None, HAS_ADDEND=addend is not None, PDL=_dependent(p),
+        num_warps=rw * ks, launch_pdl=_dependent(p),
+    )  # fmt: skip
+
+
+def _shared(rows_bytes: int, bits: int):
+    return gl.NVMMASharedLayout(min(128, rows_bytes), bits, rank=2)
+
+
+def _run_wgmma(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias, addend) -> None:
+    bm, splits, ctas = config["bm"], config["splits"], config["ctas"]
+    pieces = 2 if bm == 256 else 1
+    x, y2 = x.view(-1, p.k), y.view(-1, p.n)
+    tiles = -(-p.n // 128) * -(-p.t // bm)
+    programs = tiles * splits if splits > 1 else min(tiles, ctas * p.sms)
+    stage = 128 * 64 + 2 * bm * 64
+    fixed = 2 * bm * max(p.r, 8) + 2 * (bm // pieces) * 64 * 2 + 2048
+    stages = max(2, min(8, (_SHARED_BYTES // ctas - fixed) // stage))
+    partials, counters = y, y
+    if splits > 1:
+        partials = torch.empty(programs * 4 * 64 * bm, dtype=torch.int32, device=y.device)
+        counters = split_counters(y.device, 2 * tiles)
+    half = p.r // 2 if p.r else 32
+    t2 = y2.new_empty(bm, half) if t is None else t.view(-1, p.r)
+    registers = {} if ctas == 1 else {"maxnreg": {2: 80, 3: 56}[ctas]}
+    twin_wgmma[(programs,)](
+        TensorDescriptor.from_tensor(w.view(torch.int8), [64, 64], _shared(64, 8)),
+        TensorDescriptor.from_tensor(x, [bm, 64], _shared(64, 8)),
+        TensorDescriptor.from_tensor(t2, [bm, half], _shared(2 * half, 16)),
+        TensorDescriptor.from_tensor(y2, [bm // pieces, 64], _shared(128, 16)),
+        scale, channel, x_scale, w if up is None else up, scale if up is None else up_scale,
+        _or(bias, y), _or(addend, y), partials, counters, p.t, p.n, p.k,
+        BM=bm, STAGES=stages, GROUP_STEPS=p.group // 128, R=p.r, SPLIT=splits > 1,
+        HAS_BIAS=bias is not None, HAS_ADDEND=addend is not None, PIECES=pieces,
+        REGISTERS={1: 240, 2: 104, 3: 72}[ctas], PDL=_dependent(p),
+        num_warps=4, launch_pdl=_dependent(p), **registers,
+    )  # fmt: skip
+
+
+def _run_dense(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias, addend) -> None:
+    dense = _unpacked(w, scale, p.k, y.dtype)
+    out = F.linear(x.view(-1, p.k), dense, None if bias is None else bias.to(y.dtype))
+    if t is not None:
+        out.addmm_(t.view(-1, p.r), _unpacked(up, up_scale, p.r, y.dtype).t())
+    if addend is not None:
+        out.add_(addend.view(-1, p.n))
+    y.view(-1, p.n).copy_(out)
+
+
+def _unpacked(packed: torch.Tensor, scale: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    y = torch.empty(packed.shape[0], columns, dtype=dtype, device=packed.device)
+    unpack_planes[(packed.shape[0], -(-columns // 2 // 1024))](
+        packed, scale, y, columns, GROUP=columns // scale.shape[1], BLOCK=1024, INTERPRET=INTERPRET
+    )
+    return y
+
+
+def _run_tile(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias, addend) -> None:
+    int8, wide = p.operand == torch.int8, p.operand == torch.float32 or (p.r > 0 and p.dtype == torch.float32)
+    bm, bn = (16, 64) if wide else (config["bm"], config["bn"])
+    step = 64 if wide or not int8 else min(128, p.group & -p.group)
+    padded = max(32, triton.next_power_of_2(p.r)) if p.r else 0
+    twin_tile[(-(-p.n // bn) * -(-p.t // bm),)](
+        x, x_scale if int8 else y, y if t is None else t, w, scale, w if up is None else up,
+        scale if up is None else up_scale, _or(bias, y), _or(addend, y), y, p.t, p.n, p.k, 1 / 16 if int8 else 1.0,
+        GROUP=p.group, UP_GROUPS=up_scale.shape[1] if p.r else 1, BM=bm, BN=bn, BK=math.gcd(step, p.group),
+        R=p.r, RP=padded, INT=int8, HAS_BIAS=bias is not None, HAS_ADDEND=addend is not None,
+        FORM=_form(p.operand), UP_FORM=_form(p.dtype), INTERPRET=INTERPRET,
+        num_warps=config["warps"], num_stages=config["stages"],
+    )  # fmt: skip
+
+
+def _or(tensor, other):
+    """A tensor for an argument that the kernel does not read when there is none."""
+    return other if tensor is None else tensor

@@ -1,0 +1,249 @@
+"""Gluon kernel of ``tqcompile::twin_gemm`` for a few tokens: weights go from memory straight into ``mma.sync``.
+
+A warp takes 16 rows and every KS-th group of 128 channels. A lane's 16 bytes of a row hold what four products of
+depth 32 (16 for floats) expect in its registers: low nibbles meet the even channels, high nibbles the odd ones,
+and in plane order those are 16 contiguous bytes of x too. No shared memory but for one sum over the KS warps that
+share rows, in a fixed order. Group scales are applied to the fp32 sum of each group.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from tqcompile.kernels.gluon_common import grid_release, grid_wait
+
+_MMA = "mma.sync.aligned.m16n8k{}.row.col.{}.{}.{}.{} {{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {{$8,$9}}, {{$10,$11,$12,$13}};"
+_MMA_INT8 = gl.constexpr(_MMA.format(32, "s32", "s8", "s8", "s32"))
+_MMA_BF16 = gl.constexpr(_MMA.format(16, "f32", "bf16", "bf16", "f32"))
+_MMA_FP16 = gl.constexpr(_MMA.format(16, "f32", "f16", "f16", "f32"))
+
+
+def _to_floats(pair: str, base: str, one: str, offset: str) -> gl.constexpr:
+    """PTX: 4 packed bytes -> low nibbles in $0, $1, high in $2, $3, two floats each: u = q + 8 in the mantissa of
+    ``base`` reads base + u; the fma leaves q."""
+    return gl.constexpr(f"""{{ .reg .b32 u, l, h, m, one, off;
+        mov.b32 m, 0x{base}; mov.b32 one, 0x{one}; mov.b32 off, 0x{offset};
+        xor.b32 u, $4, 0x88888888; and.b32 l, u, 0x0F0F0F0F; shr.u32 h, u, 4; and.b32 h, h, 0x0F0F0F0F;
+        prmt.b32 $0, l, m, 0x4140; prmt.b32 $1, l, m, 0x4342;
+        prmt.b32 $2, h, m, 0x4140; prmt.b32 $3, h, m, 0x4342;
+        fma.rn.{pair} $0, $0, one, off; fma.rn.{pair} $1, $1, one, off;
+        fma.rn.{pair} $2, $2, one, off; fma.rn.{pair} $3, $3, one, off; }}""")
+
+
+_TO_BF16 = _to_floats("bf16x2", "43434343", "3F803F80", "C308C308")
+_TO_FP16 = _to_floats("f16x2", "64646464", "3C003C00", "E408E408")
+
+
+@gluon.jit
+def _words(v, layout: gl.constexpr):
+    """(A, B, 4) -> its four columns (A, B); nothing moves between lanes."""
+    a, b = gl.split(gl.reshape(v, [v.shape[0], v.shape[1], 2, 2]))
+    w0, w2 = gl.split(a)
+    w1, w3 = gl.split(b)
+    return (
+        gl.convert_layout(w0, layout, assert_trivial=True),
+        gl.convert_layout(w1, layout, assert_trivial=True),
+        gl.convert_layout(w2, layout, assert_trivial=True),
+        gl.convert_layout(w3, layout, assert_trivial=True),
+    )
+
+
+@gluon.jit
+def _load(at, live, MASKED: gl.constexpr):
+    return gl.load(at, mask=live, other=0) if MASKED else gl.load(at)
+
+
+@gluon.jit
+def _load_weights(at, live, MASKED: gl.constexpr):
+    """Past L1, which is for x."""
+    if MASKED:
+        return gl.load(at, mask=live, other=0, cache_modifier=".cg")
+    return gl.load(at, cache_modifier=".cg")
+
+
+@gluon.jit
+def _mma_int8(wa, wb, even, odd, c0, c1, c2, c3):
+    """c + 16 times the product of depth 32: wa, wb: a word of rows lane/4 and lane/4 + 8."""
+    return gl.inline_asm_elementwise(
+        _MMA_INT8, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
+        [(wa << 4) & -252645136, (wb << 4) & -252645136, wa & -252645136, wb & -252645136, even, odd, c0, c1, c2, c3],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _floats(w, FLOAT: gl.constexpr):
+    asm: gl.constexpr = _TO_BF16 if gl.bfloat16 == FLOAT else _TO_FP16
+    return gl.inline_asm_elementwise(
+        asm, "=&r,=&r,=&r,=&r,r", [w], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _mma_float(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, FLOAT: gl.constexpr):
+    asm: gl.constexpr = _MMA_BF16 if gl.bfloat16 == FLOAT else _MMA_FP16
+    return gl.inline_asm_elementwise(
+        asm, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
+        dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _mma_words(wa, wb, e0, e1, o0, o1, c0, c1, c2, c3, FLOAT: gl.constexpr):
+    """c + the two products of depth 16 that a word of each row holds; e, o: two words of even and of odd channels."""
+    la0, la1, ha0, ha1 = _floats(wa, FLOAT)
+    lb0, lb1, hb0, hb1 = _floats(wb, FLOAT)
+    c0, c1, c2, c3 = _mma_float(la0, lb0, la1, lb1, e0, e1, c0, c1, c2, c3, FLOAT)
+    return _mma_float(ha0, hb0, ha1, hb1, o0, o1, c0, c1, c2, c3, FLOAT)
+
+
+@gluon.jit
+def _store(value, n, m, bias, addend, y, T, N, HAS_BIAS: gl.constexpr, HAS_ADDEND: gl.constexpr):
+    live = (n < N) & (m < T)
+    at = m.to(gl.int64) * N + n
+    if HAS_BIAS:
+        value += gl.load(bias + gl.minimum(n, N - 1)).to(gl.float32)
+    if HAS_ADDEND:
+        value += gl.load(addend + at, mask=live, other=0.0).to(gl.float32)
+    gl.store(y + at, value.to(y.dtype.element_ty), mask=live)
+
+
+@gluon.jit
+def _finish(
+    v0, v1, v2, v3, n0, m0, bias, addend, y, T, N,
+    RW: gl.constexpr, KS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_ADDEND: gl.constexpr,
+):  # fmt: skip
+    """Sum over the warps that share rows, and store the four values of every lane."""
+    both = gl.join(gl.join(v0, v1), gl.join(v2, v3))
+    if KS > 1:
+        both = gl.sum(gl.reshape(both, [KS, RW, 32, 2, 2]), axis=0)
+    top, bottom = gl.split(both)
+    y0, y1 = gl.split(top)
+    y2, y3 = gl.split(bottom)
+    layout: gl.constexpr = y0.type.layout
+    lane = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, layout)), 0)
+    rows = gl.expand_dims(gl.arange(0, RW, gl.SliceLayout(1, layout)), 1) * 16
+    n = n0 + rows + lane // 4
+    m = m0 + 2 * (lane % 4) + 0 * rows
+    _store(y0, n, m, bias, addend, y, T, N, HAS_BIAS, HAS_ADDEND)
+    _store(y1, n, m + 1, bias, addend, y, T, N, HAS_BIAS, HAS_ADDEND)
+    _store(y2, n + 8, m, bias, addend, y, T, N, HAS_BIAS, HAS_ADDEND)
+    _store(y3, n + 8, m + 1, bias, addend, y, T, N, HAS_BIAS, HAS_ADDEND)
+
+
+@gluon.jit(do_not_specialize=["T"])
+def twin_skinny(
+    x, x_scale, t, w, scale, up, up_scale, bias, addend, y, T, N, KW,
+    TILES: gl.constexpr, RW: gl.constexpr, KS: gl.constexpr, UNROLL: gl.constexpr,
+    G: gl.constexpr, GROUP_STEPS: gl.constexpr, R: gl.constexpr, FLOAT: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_ADDEND: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """16 RW rows times 8 TILES tokens a program. G: groups of 128 in K; GROUP_STEPS of them share a scale.
+
+    w: int32 view (N, KW), KW = K/8. x: int32 view of planes, (T, 2 KW) int8 or (T, 4 KW) 16-bit floats of type FLOAT
+    (None: int8). t: int32 view (T, R/2) of 16-bit planes. up: int32 view (N, R/8).
+    """
+    out: gl.constexpr = y.dtype.element_ty
+    cube: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [RW * KS, 1, 1], [2, 1, 0])  # (warps, lanes, words)
+    flat: gl.constexpr = gl.SliceLayout(2, cube)
+    if PDL:
+        grid_release(N)
+    warp = gl.expand_dims(gl.arange(0, RW * KS, gl.SliceLayout(1, flat)), 1)
+    lane = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, flat)), 0)
+    word = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, cube))), 0), 1)
+    # Warp i works on rows 16 (i % RW).. of the program and on groups i // RW, i // RW + KS, ...
+    n0 = gl.program_id(0) * (16 * RW)
+    row = n0 + warp % RW * 16 + lane // 4
+    row_a, row_b = gl.minimum(row, N - 1), gl.minimum(row + 8, N - 1)
+    own = warp // RW + lane * 0
+    own3, lane3 = gl.expand_dims(own, 2), gl.expand_dims(lane, 2)
+    inner = own3 * 16 + (lane3 % 4) * 4 + word
+    wa_at = w + gl.expand_dims(row_a.to(gl.int64) * KW, 2) + inner
+    wb_at = w + gl.expand_dims(row_b.to(gl.int64) * KW, 2) + inner
+    sa_at = scale + row_a * (G // GROUP_STEPS)
+    sb_at = scale + row_b * (G // GROUP_STEPS)
+    if R > 0:
+        # Early: from memory these take as long as the weights.
+        up_a, up_b = gl.load(up_scale + row_a), gl.load(up_scale + row_b)
+        uas = ()
+        ubs = ()
+        for k in gl.static_range(0, R // 8, 4):
+            live = k + lane % 4 + 0 * row_a < R // 8
+            uas = uas + (gl.load(up + row_a * (R // 8) + k + lane % 4, mask=live, other=0),)
+            ubs = ubs + (gl.load(up + row_b * (R // 8) + k + lane % 4, mask=live, other=0),)
+    sums = ()
+    for _i in gl.static_range(4 * TILES):
+        sums = sums + (gl.zeros([RW * KS, 32], gl.float32, flat),)
+    zero: gl.constexpr = gl.int32 if FLOAT is None else gl.float32
+    for start in gl.static_range(0, G, KS * UNROLL):
+        was = ()
+        wbs = ()
+        sas = ()
+        sbs = ()
+        for i in gl.static_range(UNROLL):
+            if start + i * KS < G:
+                left = G - start - i * KS
+                was = was + (_load_weights(wa_at + (start + i * KS) * 16, own3 < left, start + i * KS + KS > G),)
+                wbs = wbs + (_load_weights(wb_at + (start + i * KS) * 16, own3 < left, start + i * KS + KS > G),)
+                group = (own + (start + i * KS)) // GROUP_STEPS
+                sas = sas + (_load(sa_at + group, own < left, start + i * KS + KS > G),)
+                sbs = sbs + (_load(sb_at + group, own < left, start + i * KS + KS > G),)
+        if PDL and start == 0:
+            x += grid_wait(N)
+        for i in gl.static_range(UNROLL):
+            if start + i * KS < G:
+                live3 = own3 < G - start - i * KS
+                a0, a1, a2, a3 = _words(was[i], flat)
+                b0, b1, b2, b3 = _words(wbs[i], flat)
+                sa, sb = sas[i].to(gl.float32), sbs[i].to(gl.float32)
+                new = ()
+                for j in gl.static_range(TILES):
+                    token = gl.minimum(8 * j + lane3 // 4, T - 1)
+                    c0 = gl.zeros([RW * KS, 32], zero, flat)
+                    c1, c2, c3 = c0, c0, c0
+                    if FLOAT is None:
+                        at = x + token * 2 * KW + inner + (start + i * KS) * 16
+                        e0, e1, e2, e3 = _words(_load(at, live3, start + i * KS + KS > G), flat)
+                        o0, o1, o2, o3 = _words(_load(at + KW, live3, start + i * KS + KS > G), flat)
+                        c0, c1, c2, c3 = _mma_int8(a0, b0, e0, o0, c0, c1, c2, c3)
+                        c0, c1, c2, c3 = _mma_int8(a1, b1, e1, o1, c0, c1, c2, c3)
+                        c0, c1, c2, c3 = _mma_int8(a2, b2, e2, o2, c0, c1, c2, c3)
+                        c0, c1, c2, c3 = _mma_int8(a3, b3, e3, o3, c0, c1, c2, c3)
+                    else:
+                        # A lane's 16 even channels of a group, then its odd ones: two 16-byte loads each.
+                        at = x + token * 4 * KW + (own3 + start + i * KS) * 32 + (lane3 % 4) * 8 + word
+                        e0, e1, e2, e3 = _words(_load(at, live3, start + i * KS + KS > G), flat)
+                        o0, o1, o2, o3 = _words(_load(at + 2 * KW, live3, start + i * KS + KS > G), flat)
+                        c0, c1, c2, c3 = _mma_words(a0, b0, e0, e1, o0, o1, c0, c1, c2, c3, FLOAT)
+                        c0, c1, c2, c3 = _mma_words(a1, b1, e2, e3, o2, o3, c0, c1, c2, c3, FLOAT)
+                        e0, e1, e2, e3 = _words(_load(at + 4, live3, start + i * KS + KS > G), flat)
+                        o0, o1, o2, o3 = _words(_load(at + 2 * KW + 4, live3, start + i * KS + KS > G), flat)
+                        c0, c1, c2, c3 = _mma_words(a2, b2, e0, e1, o0, o1, c0, c1, c2, c3, FLOAT)
+                        c0, c1, c2, c3 = _mma_words(a3, b3, e2, e3, o2, o3, c0, c1, c2, c3, FLOAT)
+                    new = new + (
+                        sums[4 * j] + c0.to(gl.float32) * sa,
+                        sums[4 * j + 1] + c1.to(gl.float32) * sa,
+                        sums[4 * j + 2] + c2.to(gl.float32) * sb,
+                        sums[4 * j + 3] + c3.to(gl.float32) * sb,
+                    )
+                sums = new
+    if R > 0:
+        # Of the warps that share rows, one adds the low-rank part.
+        first = (own == 0).to(gl.float32)
+        up_a, up_b = up_a.to(gl.float32) * first, up_b.to(gl.float32) * first
+    for j in gl.static_range(TILES):
+        v0, v1, v2, v3 = sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]
+        if FLOAT is None:
+            column = 8 * j + 2 * (lane % 4)
+            x0 = gl.load(x_scale + gl.minimum(column, T - 1)) * 0.0625
+            x1 = gl.load(x_scale + gl.minimum(column + 1, T - 1)) * 0.0625
+            v0, v1, v2, v3 = v0 * x0, v1 * x1, v2 * x0, v3 * x1
+        if R > 0:
+            c0 = gl.zeros([RW * KS, 32], gl.float32, flat)
+            c1, c2, c3 = c0, c0, c0
+            token = gl.minimum(8 * j + lane // 4, T - 1) + 0 * row_a
+            for k in gl.static_range(0, R // 8, 4):
+                at = t + token * (R // 2) + gl.minimum(k + lane % 4, R // 8 - 1) * 2
+                e0, e1, o0, o1 = gl.load(at), gl.load(at + 1), gl.load(at + R // 4), gl.load(at + R // 4 + 1)
+                c0, c1, c2, c3 = _mma_words(uas[k // 4], ubs[k // 4], e0, e1, o0, o1, c0, c1, c2, c3, out)
+            v0, v1, v2, v3 = v0 + c0 * up_a, v1 + c1 * up_a, v2 + c2 * up_b, v3 + c3 * up_b
+        _finish(v0, v1, v2, v3, n0, 8 * j, bias, addend, y, T, N, RW, KS, HAS_BIAS, HAS_ADDEND)

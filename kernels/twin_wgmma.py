@@ -1,0 +1,286 @@
+"""Gluon kernel of ``tqcompile::twin_gemm`` on Hopper: int8 ``wgmma`` with the 4-bit weights as register operand.
+
+y^T = W x^T. A program has three warp-specialised parts: one warp copies tiles of packed weights, of x and of t with
+TMA through a ring of STAGES buffers; two warpgroups each take 64 of a tile's 128 rows, unpack their weights in
+registers and multiply. While one unpacks, the tensor cores work for the other.
+
+Group scales are a row's number times an integer m in 1 .. 16 (``channel_scale``), and q * m fits in int8. So the
+unpacking multiplies by m, the sum stays in int32 over all of K, and only the epilogue scales: x_scale, channel
+scale, ``up @ t`` in 16-bit floats with fp32 sums, bias, addend.
+
+Programs are persistent and take tile after tile. With SPLIT they share all tiles evenly, in steps of K: the parts of a
+tile go to global memory as int32, and the last program to arrive adds them. Integer sums are exact, so the bits do
+not depend on who was last.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from tqcompile.kernels.gluon_common import grid_release, grid_wait
+
+ROWS = gl.constexpr(128)  # of a tile
+BAND = gl.constexpr(8)  # token tiles that run together, so that they share weights and x in the L2 cache
+
+# 4 packed bytes -> the low nibbles times m in $0, the high ones in $1. With u = q + 8 the bytes of u * m + 128 - 8 m
+# are q * m + 128 in 0 .. 240: no carries, and flipping the top bits leaves q * m. $3: m; $7: the four 128 - 8 m.
+_UNPACK = gl.constexpr("""{ .reg .b32 l, h;
+    and.b32 l, $2, 0x0F0F0F0F; xor.b32 l, l, 0x08080808;
+    shr.u32 h, $2, 4; and.b32 h, h, 0x0F0F0F0F; xor.b32 h, h, 0x08080808;
+    mad.lo.u32 l, l, $3, $7; mad.lo.u32 h, h, $3, $7;
+    xor.b32 $0, l, 0x80808080; xor.b32 $1, h, 0x80808080; }""")
+
+
+@gluon.jit
+def _tile(number, tiles_n, tiles_m, BM: gl.constexpr):
+    """First row and first token of a tile."""
+    band = number // (BAND * tiles_n)
+    height = gl.minimum(tiles_m - BAND * band, BAND)
+    inside = number % (BAND * tiles_n)
+    return (inside // height) * ROWS, (BAND * band + inside % height) * BM
+
+
+@gluon.jit
+def _share(tiles, steps, SPLIT: gl.constexpr):
+    """(first, last, parts): this program's steps of all tiles * steps, and on how many tiles they lie. Not SPLIT: only
+    the number of its tiles."""
+    pid, programs = gl.program_id(0), gl.num_programs(0)
+    if SPLIT:
+        first = tiles * steps * pid // programs
+        last = tiles * steps * (pid + 1) // programs
+        return first, last, (last - 1) // steps - first // steps + 1
+    return 0, 0, (tiles - pid + programs - 1) // programs
+
+
+@gluon.jit
+def _part(i, steps, first, last, SPLIT: gl.constexpr):
+    """(tile, first step, last step) of the i-th tile of this program."""
+    if SPLIT:
+        tile = first // steps + i
+        return tile, gl.maximum(first - tile * steps, 0), gl.minimum(last - tile * steps, steps)
+    return gl.program_id(0) + i * gl.num_programs(0), steps * 0, steps
+
+
+@gluon.jit
+def _operand(w, scale, inverse):
+    """Packed bytes (64, 64) -> q * m of the low and of the high nibbles, int8 (64, 64) each. m = scale * inverse."""
+    m = (scale.to(gl.float32) * inverse + 0.5).to(gl.int32)
+    offset = m * -0x08080808 - 2139062144  # four bytes of 128 - 8 m
+    args = [w, gl.expand_dims(m, 1), gl.expand_dims(offset, 1)]
+    return gl.inline_asm_elementwise(
+        _UNPACK, "=&r,=&r,r,r,r,r,r,r,r,r,r", args, dtype=(gl.int8, gl.int8), is_pure=False, pack=4
+    )
+
+
+@gluon.jit
+def _copy_tiles(
+    w_desc, x_desc, t_desc, ws, xs, ts, full, empty, t_full, t_empty, T, N, K,
+    BM: gl.constexpr, STAGES: gl.constexpr, R: gl.constexpr, SPLIT: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """The copying warp."""
+    steps, tiles_n, tiles_m = K // 128, (N + ROWS - 1) // ROWS, (T + BM - 1) // BM
+    first, last, parts = _share(tiles_n * tiles_m, steps, SPLIT)
+    slot = 0
+    phase = 1
+    for i in range(parts):
+        tile, begin, end = _part(i, steps, first, last, SPLIT)
+        n0, m0 = _tile(tile, tiles_n, tiles_m, BM)
+        for step in range(begin, end):
+            mbarrier.wait(empty.index(slot), phase)
+            bar = full.index(slot)
+            mbarrier.expect(bar, ROWS * 64 + 2 * BM * 64)
+            tma.async_copy_global_to_shared(w_desc, [n0, step * 64], bar, ws.index(2 * slot))
+            tma.async_copy_global_to_shared(w_desc, [n0 + 64, step * 64], bar, ws.index(2 * slot + 1))
+            if PDL:
+                if (i == 0) & (step == begin):  # the weights do not depend on the kernel before, x and t do
+                    grid_wait(step)
+            tma.async_copy_global_to_shared(x_desc, [m0, step * 64], bar, xs.index(2 * slot))
+            tma.async_copy_global_to_shared(x_desc, [m0, K // 2 + step * 64], bar, xs.index(2 * slot + 1))
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                phase ^= 1
+        if R > 0:
+            # Last: what is in ts now is read until the tile before this one ends.
+            mbarrier.wait(t_empty, (i & 1) ^ 1)
+            mbarrier.expect(t_full, BM * R * 2)
+            tma.async_copy_global_to_shared(t_desc, [m0, 0], t_full, ts.index(0))
+            tma.async_copy_global_to_shared(t_desc, [m0, R // 2], t_full, ts.index(1))
+
+
+@gluon.jit
+def _add_parts(acc, tile, steps, tiles, partials, counter, HALF: gl.constexpr, BM: gl.constexpr):
+    """Store this program's part of a tile; True and the sum of all parts for the program that stores the last one."""
+    pid, programs = gl.program_id(0), gl.num_programs(0)
+    total = tiles * steps
+    lowest = ((tile * steps + 1) * programs - 1) // total  # the programs that have a part of this tile
+    highest = ((tile + 1) * steps * programs - 1) // total
+    SIZE: gl.constexpr = 64 * BM
+    # In the order of the registers: 16 bytes a thread, 512 a warp.
+    flat = gl.reshape(gl.permute(gl.reshape(acc, [4, 2, 8, BM // 8, 4, 2]), (0, 3, 2, 4, 1, 5)), [SIZE])
+    at = gl.arange(0, SIZE, flat.type.layout)
+    # A program has at most two tiles that it shares: its first and its last.
+    mine = 2 * pid + (tile != total * pid // programs // steps).to(gl.int32)
+    gl.store(partials + (2 * mine + HALF).to(gl.int64) * SIZE + at, flat)
+    gl.thread_barrier()  # all stores come before the one thread's release
+    is_last = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == highest - lowest
+    if is_last:
+        for other in range(lowest, highest + 1):
+            if other != pid:
+                theirs = 2 * other + (tile != total * other // programs // steps).to(gl.int32)
+                flat += gl.load(partials + (2 * theirs + HALF).to(gl.int64) * SIZE + at, cache_modifier=".cg")
+        gl.store(counter, 0)  # clean for the next launch and for graph replay
+    summed = gl.permute(gl.reshape(flat, [4, BM // 8, 8, 4, 2, 2]), (0, 4, 2, 1, 3, 5))
+    return is_last, gl.convert_layout(gl.reshape(summed, [64, BM]), acc.type.layout)
+
+
+@gluon.jit
+def _multiply(
+    HALF: gl.constexpr, y_desc, ws, xs, ts, ys, full, empty, t_full, t_empty,
+    scale, channel, x_scale, up, up_scale, bias, addend, partials, counters, T, N, K,
+    BM: gl.constexpr, STAGES: gl.constexpr, GROUP_STEPS: gl.constexpr, R: gl.constexpr, SPLIT: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_ADDEND: gl.constexpr, PIECES: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup: rows HALF * 64 .. of every tile."""
+    WIDTH: gl.constexpr = BM if BM < 128 else 128  # of one instruction
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
+    mma16: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    weights: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
+    weights16: gl.constexpr = gl.DotOperandLayout(0, mma16, 2)
+    out: gl.constexpr = y_desc.dtype
+
+    steps, tiles_n, tiles_m = K // 128, (N + ROWS - 1) // ROWS, (T + BM - 1) // BM
+    groups = steps // GROUP_STEPS
+    first, last, parts = _share(tiles_n * tiles_m, steps, SPLIT)
+    y_own = ys.index(HALF)
+    slot = 0
+    phase = 0
+    for i in range(parts):
+        tile, begin, end = _part(i, steps, first, last, SPLIT)
+        n_tile, m0 = _tile(tile, tiles_n, tiles_m, BM)
+        n0 = n_tile + HALF * 64
+        row = gl.minimum(n0 + gl.arange(0, 64, gl.SliceLayout(1, weights)), N - 1)
+        scale_at = scale + row * groups
+        inverse = 1.0 / gl.load(channel + row)
+        n = n0 + gl.arange(0, 64, gl.SliceLayout(1, mma))
+        n_safe = gl.minimum(n, N - 1)
+        # What the epilogue needs of the weights, early: from memory it takes as long as several steps.
+        c = gl.load(channel + n_safe)
+        if R > 0:
+            up_s = gl.load(up_scale + n_safe).to(gl.float32)
+            up_row = gl.minimum(n0 + gl.arange(0, 64, gl.SliceLayout(1, weights16)), N - 1)
+            up_byte = gl.arange(0, R // 2, gl.SliceLayout(0, weights16))
+            up_at = up + gl.expand_dims(up_row * (R // 2), 1) + gl.expand_dims(up_byte, 0)
+            u = gl.load(up_at).to(gl.int8, bitcast=True)
+
+        s = gl.load(scale_at + begin // GROUP_STEPS)
+        s_next = gl.load(scale_at + gl.minimum(begin + 1, steps - 1) // GROUP_STEPS)
+        acc = gl.zeros([64, BM], gl.int32, mma)
+        for step in range(begin, end):
+            mbarrier.wait(full.index(slot), phase)
+            low, high = _operand(ws.index(2 * slot + HALF).load(weights), s, inverse)
+            even, odd = xs.index(2 * slot).permute((1, 0)), xs.index(2 * slot + 1).permute((1, 0))
+            acc = warpgroup_mma(low, even, acc, use_acc=step != begin, is_async=True)
+            acc = warpgroup_mma(high, odd, acc, is_async=True)
+            s = s_next
+            s_next = gl.load(scale_at + gl.minimum(step + 2, steps - 1) // GROUP_STEPS)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(empty.index(slot), count=1)
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                phase ^= 1
+
+        finish = True
+        if SPLIT:
+            if end - begin < steps:
+                finish, acc = _add_parts(
+                    acc, tile, steps, tiles_n * tiles_m, partials, counters + 2 * tile + HALF, HALF, BM
+                )
+        if R > 0:
+            mbarrier.wait(t_full, i & 1)
+        if finish:
+            m = m0 + gl.arange(0, BM, gl.SliceLayout(0, mma))
+            x_s = gl.expand_dims(gl.load(x_scale + m, mask=m < T, other=0.0), 0)
+            if R > 0:
+                # In units of up_scale, so that up @ t is added by the tensor cores.
+                y = acc.to(gl.float32) * gl.expand_dims(c / up_s, 1) * x_s
+                u_low, u_high = ((u << 4) >> 4).to(out), (u >> 4).to(out)
+                y = gl.convert_layout(y, mma16, assert_trivial=True)
+                y = warpgroup_mma(u_low, ts.index(0).permute((1, 0)), y, is_async=True)
+                y = warpgroup_mma(u_high, ts.index(1).permute((1, 0)), y, is_async=True)
+                y = warpgroup_mma_wait(0, deps=[y])
+                y = gl.convert_layout(y, mma, assert_trivial=True) * gl.expand_dims(up_s, 1)
+            else:
+                y = acc.to(gl.float32) * gl.expand_dims(c, 1) * x_s
+            if HAS_BIAS:
+                y += gl.expand_dims(gl.load(bias + n_safe).to(gl.float32), 1)
+            if HAS_ADDEND:
+                live = gl.expand_dims(m < T, 0) & gl.expand_dims(n < N, 1)
+                at = gl.expand_dims(m.to(gl.int64) * N, 0) + gl.expand_dims(n, 1)
+                y += gl.load(addend + at, mask=live, other=0.0).to(gl.float32)
+            y = y.to(out)
+            pieces = (y,) if PIECES == 1 else gl.split(gl.permute(gl.reshape(y, [64, 2, BM // 2]), (0, 2, 1)))
+            for j in gl.static_range(PIECES):
+                tma.store_wait(0)
+                gl.thread_barrier()
+                y_own.permute((1, 0)).store(pieces[j])
+                fence_async_shared()
+                gl.thread_barrier()
+                tma.async_copy_shared_to_global(y_desc, [m0 + j * (BM // PIECES), n0], y_own)
+        if R > 0:
+            mbarrier.arrive(t_empty, count=1)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["T"])
+def twin_wgmma(
+    w_desc, x_desc, t_desc, y_desc, scale, channel, x_scale, up, up_scale, bias, addend, partials, counters, T, N, K,
+    BM: gl.constexpr, STAGES: gl.constexpr, GROUP_STEPS: gl.constexpr, R: gl.constexpr, SPLIT: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_ADDEND: gl.constexpr, PIECES: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Tiles of 128 rows times BM tokens; y goes out in PIECES. GROUP_STEPS steps of 128 channels share a scale.
+
+    Descriptors: packed weights (N, K/2) int8 in boxes (64, 64); x (T, K) int8 planes in (BM, 64); t (T, R) planes in
+    (BM, R/2); y (T, N) in (BM / PIECES, 64). partials: 4 * 64 * BM int32 a program; counters: 2 a tile, zero.
+    REGISTERS: of a thread of the second warpgroup; the first gets what is left.
+    """
+    out: gl.constexpr = y_desc.dtype
+    ws = gl.allocate_shared_memory(gl.int8, [2 * STAGES, 64, 64], w_desc.layout)
+    xs = gl.allocate_shared_memory(gl.int8, [2 * STAGES, BM, 64], x_desc.layout)
+    ys = gl.allocate_shared_memory(out, [2, BM // PIECES, 64], y_desc.layout)
+    ts = gl.allocate_shared_memory(out, [2, BM if R > 0 else 8, R // 2 if R > 0 else 32], t_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    t_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    t_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    mbarrier.init(t_full, count=1)
+    mbarrier.init(t_empty, count=2)
+    fence_async_shared()
+    if PDL:
+        grid_release(T)
+    # fmt: off
+    gl.warp_specialize(
+        [
+            (_multiply, (0, y_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, scale, channel, x_scale, up, up_scale,
+                         bias, addend, partials, counters, T, N, K, BM, STAGES, GROUP_STEPS, R, SPLIT, HAS_BIAS,
+                         HAS_ADDEND, PIECES)),
+            (_multiply, (1, y_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, scale, channel, x_scale, up, up_scale,
+                         bias, addend, partials, counters, T, N, K, BM, STAGES, GROUP_STEPS, R, SPLIT, HAS_BIAS,
+                         HAS_ADDEND, PIECES)),
+            (_copy_tiles, (w_desc, x_desc, t_desc, ws, xs, ts, full, empty, t_full, t_empty, T, N, K, BM, STAGES, R,
+                           SPLIT, PDL)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )
+    # fmt: on

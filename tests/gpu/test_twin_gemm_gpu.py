@@ -1,0 +1,153 @@
+"""Every kernel of twin_gemm on a real GPU: odd and large shapes, repetition, streams, graphs."""
+
+import pytest
+import torch
+from gemm_bounds import random_gemm_args, worst_twin_gemm
+
+pytest.importorskip("triton")
+from tqcompile.kernels import twin_gemm as kernel
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+BF16, FP16, INT8 = torch.bfloat16, torch.float16, torch.int8
+GEMV = {"kernel": "gemv", "rows": 2, "warps": 4, "unroll": 4}
+SKINNY = {"kernel": "skinny", "rw": 1, "ks": 4, "unroll": 2}
+
+
+def wgmma(bm, splits=1, ctas=1):
+    return {"kernel": "wgmma", "bm": bm, "splits": splits, "ctas": ctas}
+
+
+def random_args(*args, **options):
+    return random_gemm_args(*args, device="cuda", **options)
+
+
+def run(args, config=None):
+    assert kernel.unsupported(*args) is None
+    if config is not None and config["kernel"] == "wgmma" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("wgmma needs a Hopper GPU")
+    torch.use_deterministic_algorithms(True)  # fresh memory is NaN
+    try:
+        return kernel.launch(*args, config=config)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# config, t, n, k, rank, operand, dtype, options
+ODD = [
+    (GEMV, 1, 70, 128, 32, INT8, BF16, {}),
+    (GEMV, 2, 131, 1152, 128, INT8, FP16, {"addend": True, "grid": False}),
+    ({**GEMV, "rows": 4}, 1, 70, 14336, None, INT8, BF16, {"bias": False}),
+    (GEMV, 4, 1000, 896, 16, INT8, BF16, {"group": 64, "grid": False}),
+    (GEMV, 1, 33, 2048, 64, INT8, BF16, {"group": 256}),
+    (SKINNY, 3, 70, 128, 8, INT8, BF16, {"addend": True}),
+    (SKINNY, 17, 131, 1152, 128, INT8, FP16, {"bias": False, "grid": False}),
+    ({**SKINNY, "rw": 2, "ks": 8}, 32, 1000, 14336, 64, INT8, BF16, {}),
+    ({**SKINNY, "rw": 4, "ks": 1}, 8, 70, 384, None, INT8, BF16, {"group": 384}),
+    (SKINNY, 1, 70, 384, 48, BF16, BF16, {"addend": True, "grid": False}),
+    (SKINNY, 9, 1000, 2048, 64, FP16, FP16, {"group": 256}),
+    (wgmma(8, ctas=2), 3, 72, 128, 32, INT8, BF16, {"addend": True}),
+    (wgmma(16, ctas=3), 16, 200, 384, 64, INT8, FP16, {"bias": False}),
+    (wgmma(16, 3, ctas=3), 13, 200, 2048, 128, INT8, BF16, {}),
+    (wgmma(32, 4, ctas=2), 33, 136, 2048, None, INT8, BF16, {"addend": True}),
+    (wgmma(64, 2, ctas=2), 100, 264, 1152, 64, INT8, BF16, {"group": 384}),
+    (wgmma(128), 300, 264, 640, 128, INT8, BF16, {}),
+    (wgmma(128, 8), 130, 264, 4096, 64, INT8, BF16, {"addend": True}),
+    (wgmma(256), 257, 1000, 384, 64, INT8, FP16, {"addend": True}),
+    (wgmma(256, 3), 700, 136, 1536, 128, INT8, BF16, {}),
+    (wgmma(256), 1000, 4096, 256, None, INT8, BF16, {}),
+    (None, (2, 3), 70, 192, 6, INT8, torch.float32, {"group": 64}),
+    (None, 100, 130, 384, 48, BF16, BF16, {"addend": True}),
+    (None, 3, 40, 192, 6, torch.float32, torch.float32, {"group": 192}),
+]
+
+
+@pytest.mark.parametrize(("config", "t", "n", "k", "rank", "operand", "dtype", "options"), ODD)
+def test_odd_shapes_are_within_their_bound(config, t, n, k, rank, operand, dtype, options):
+    args = random_args(t, n, k, rank, operand, dtype, **options)
+    assert worst_twin_gemm(run(args, config), *args) <= 1
+
+
+@pytest.mark.parametrize("operand", [INT8, BF16])
+@pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)])
+def test_layer_shapes_are_within_their_bound(n, k, operand):
+    for t in (1, 2, 3, 16, 17, 64, 100, 256, 512, 2048):
+        args = random_args(t, n, k, 64, operand, BF16, seed=t)
+        dense = kernel.describe(*args) == "dense"
+        worst = worst_twin_gemm(run(args), *args, dense=dense)
+        assert worst <= 1, f"T={t}: error is {worst:.3g} times its bound"
+
+
+def test_a_70b_shape():
+    for t in (1, 16, 512):
+        args = random_args(t, 57344, 8192, 64, INT8, BF16)
+        assert worst_twin_gemm(run(args), *args) <= 1
+
+
+def test_one_wrong_weight_is_seen():
+    args = random_args(300, 512, 4096, 64, INT8, BF16)
+    y = run(args)
+    for i in (3, 6):  # residual, up
+        wrong = list(args)
+        wrong[i] = args[i].clone()
+        wrong[i][:, :8] ^= 0x88
+        assert worst_twin_gemm(y, *wrong) > 1
+
+
+def test_no_tokens():
+    assert run(random_args(0, 512, 1024, 64, INT8, BF16)).shape == (0, 512)
+
+
+@pytest.mark.parametrize("t", [1, 5, 16, 60, 130, 512])
+def test_a_thousand_launches_give_the_same_bits(t):
+    args = random_args(t, 4096, 4096, 64, INT8, BF16)
+    first = run(args)
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        different += (kernel.launch(*args).view(torch.int16) != first.view(torch.int16)).sum()
+    assert different.item() == 0
+
+
+def test_two_streams_do_not_disturb_each_other():
+    cases = [random_args(t, 4096, 4096, 64, INT8, BF16, seed=t) for t in (16, 48)]
+    expected = [kernel.launch(*args) for args in cases]
+    streams, results = [torch.cuda.Stream(), torch.cuda.Stream()], [[], []]
+    torch.cuda.synchronize()
+    for _ in range(100):
+        for i in (0, 1):
+            with torch.cuda.stream(streams[i]):
+                results[i].append(kernel.launch(*cases[i]))
+    torch.cuda.synchronize()
+    for i in (0, 1):
+        assert all(torch.equal(y, expected[i]) for y in results[i])
+
+
+@pytest.mark.parametrize("t", [1, 16, 300])
+def test_prologue_and_gemm_in_a_graph_equal_eager(t):
+    from tqcompile.kernels import prologue
+
+    args = random_args(t, 4096, 4096, 64, INT8, BF16)
+    down = torch.randint(0, 256, (64, 2048), dtype=torch.uint8, device="cuda")
+    down_scale = torch.rand(64, 32, device="cuda").add_(0.1).mul_(0.01).bfloat16()
+    x = torch.randn(t, 4096, device="cuda", dtype=BF16)
+
+    def both():
+        operand, scale, low_rank, _ = prologue.launch(x, None, None, None, None, down, down_scale, "none", 0.0, 8, 0.0)
+        return kernel.launch(operand, scale, low_rank, *args[3:]), operand, scale, low_rank
+
+    for _ in range(2):
+        both()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = both()[0]
+    for _ in range(20):
+        x.copy_(torch.randn_like(x))
+        y.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        eager, operand, scale, low_rank = both()
+        assert torch.equal(y, eager)
+        assert worst_twin_gemm(y, operand, scale, low_rank, *args[3:]) <= 1
