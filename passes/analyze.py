@@ -1,7 +1,8 @@
 """Analyze: a model, one example and a Config in, a Plan out; the model is left as it was.
 
 Every linear of the model ends up in exactly one site, or among the skipped with a reason. A site has an
-absorber only if all its linears are quantized and, where the absorber is a linear, that one too.
+absorber only if all its linears are quantized and, where the absorber is a linear, that one too. The residual
+stream is a matter of the model alone: what is ignored is not quantized, but a rotation turns it with the rest.
 """
 
 import difflib
@@ -18,11 +19,12 @@ from tqcompile.passes.base import run_passes
 from tqcompile.passes.capture import capture
 from tqcompile.passes.find_absorbers import FindAbsorbers
 from tqcompile.passes.find_linears import FindLinears, is_linear
+from tqcompile.passes.find_residual_stream import FindResidualStream
 from tqcompile.passes.graph import kind
 from tqcompile.passes.group_shared_inputs import GroupSharedInputs
 from tqcompile.passes.plan import Absorber, Plan, Site
 
-PASSES = (FindLinears, GroupSharedInputs, FindAbsorbers)
+PASSES = (FindLinears, GroupSharedInputs, FindAbsorbers, FindResidualStream)
 
 
 def analyze(model: nn.Module, example: Mapping, config: Config) -> Plan:
@@ -45,14 +47,17 @@ def analyze(model: nn.Module, example: Mapping, config: Config) -> Plan:
         gm = capture(model, example)
     except PassError as error:
         sites = tuple(Site((name,), None, "no graph") for name in linears if name not in skipped)
-        return Plan(sites, skipped, (f"{error}; every linear is its own site and no scale is absorbed",))
+        note = f"{error}; every linear is its own site and no scale is absorbed"
+        return Plan(sites, skipped, (note,), None, "no graph")
     run_passes(gm, [make() for make in PASSES])
     for name, reason in _skip_by_graph(gm, modules).items():
         skipped.setdefault(name, reason)
     notes = ()
     if gm.meta["unnamed_linears"]:
         notes = (f"left as they are, made by no named module: {', '.join(gm.meta['unnamed_linears'])}",)
-    return Plan(_sites(gm, _shared_parameters(model), config, skipped), skipped, notes)
+    stream = gm.meta["find_residual_stream"]
+    found, reason = (None, stream) if isinstance(stream, str) else (stream, "")
+    return Plan(_sites(gm, _shared_parameters(model), config, skipped), skipped, notes, found, reason)
 
 
 def _check_patterns(patterns: tuple[str, ...], names: list[str]) -> None:

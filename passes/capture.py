@@ -1,8 +1,9 @@
 """Capture: model and example inputs in, an aten-level FX graph out; for analysis only, never run.
 
 Parameters and buffers are placeholders; ``gm.meta["parameters"]`` maps their node names to fully qualified
-names. Attention is captured as scaled_dot_product_attention, in eval mode, without a cache; afterwards the
-model is exactly as it was. Batch and sequence length stay symbolic where the model allows it.
+names, and ``gm.meta["tied"]`` every parameter's name to all names of that parameter. Attention is captured as
+scaled_dot_product_attention, in eval mode, without a cache; afterwards the model is exactly as it was. Batch and
+sequence length stay symbolic where the model allows it.
 """
 
 import contextlib
@@ -48,8 +49,16 @@ def capture(model: nn.Module, example: Mapping) -> torch.fx.GraphModule:
             else:
                 gm, signature = program.graph_module, program.graph_signature
                 gm.meta["parameters"] = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+                gm.meta["tied"] = _tied(model)
                 return gm
     raise PassError(f"{type(model).__name__} does not export: {_reason(failure)}") from failure
+
+
+def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: tuple(group) for group in names.values() for name in group}
 
 
 def _small(example: Mapping, device: torch.device | None) -> dict:

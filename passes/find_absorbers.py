@@ -130,7 +130,21 @@ class _Search:
         channel = torch.arange(heads * head_dim)
         expected = (channel // head_dim // repeat) * head_dim + channel % head_dim
         self.require_channels(row[None, :, None].expand(batch, heads, tokens, head_dim), self.path, expected)
-        return Absorber("attn_v", name, repeat, head_dim)
+        return Absorber("attn_v", name, repeat, head_dim, self.unrotatable(row, repeat))
+
+    def unrotatable(self, row: torch.Tensor, repeat: int) -> str:
+        """Why a rotation within each head cannot move through attention; row: (heads, head_dim), of the projection.
+
+        A scale needs only that every channel returns to its place. A rotation also needs that the channels that
+        attention calls a head are neighbours on both sides.
+        """
+        heads, head_dim = row.shape
+        channel = torch.arange(heads * head_dim)
+        neighbours = channel // head_dim // repeat * head_dim + channel % head_dim
+        after = move(channel.view(1, heads, 1, head_dim).expand(sizes(self.producer)), self.path)
+        if torch.equal(row.flatten(), neighbours) and torch.equal(after, channel.expand_as(after)):
+            return ""
+        return f"the channels of one head of {self.name(self.producer)} are not neighbours in what it reads or feeds"
 
     def require_readers(self, producer: torch.fx.Node, accepts) -> None:
         other = other_reader(self.graph, producer, accepts)

@@ -16,12 +16,15 @@ class Absorber:
     repeat: query heads per key/value head (1 unless kind is "attn_v"): the scale must be equal over the
         repeated heads.
     head_dim: channels per head (0 unless kind is "attn_v").
+    unrotatable: why a rotation of each head's channels cannot be absorbed although a scale can ("" if it can;
+        only for kind "attn_v").
     """
 
     kind: str
     module: str
     repeat: int = 1
     head_dim: int = 0
+    unrotatable: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +46,47 @@ class Site:
 
 
 @dataclasses.dataclass(frozen=True)
+class StreamNorm:
+    """An RMSNorm that reads the residual stream. module: its name, "" if it has no gain; linears: all its readers."""
+
+    module: str
+    linears: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidualStream:
+    """A residual stream that one orthogonal rotation can turn without changing the model's function.
+
+    Only ``embeddings`` and ``producers`` write it, only RMSNorms read it, and only linears read those.
+
+    channels: its width.
+    embeddings: names of modules whose ``weight`` (V, channels) is looked up; every row is written to the stream.
+    norms: in graph order; a linear belongs to exactly one.
+    producers: names of linears whose output is added to the stream.
+    tied_head: the linear of ``norms`` whose weight is an embedding's, "" if there is none.
+    """
+
+    channels: int
+    embeddings: tuple[str, ...]
+    norms: tuple[StreamNorm, ...]
+    producers: tuple[str, ...]
+    tied_head: str = ""
+
+    @property
+    def consumers(self) -> tuple[str, ...]:
+        """Names of the linears that read the normalised stream."""
+        return tuple(name for norm in self.norms for name in norm.linears)
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
-    """sites: every linear to quantize, grouped; skipped: module or parameter name -> reason; notes: for the report."""
+    """sites: every linear to quantize, grouped; skipped: module or parameter name -> reason; notes: for the report.
+
+    stream: the residual stream, when the graph proves that it can be rotated; else None, and why in ``stream_reason``.
+    """
 
     sites: tuple[Site, ...]
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    stream: ResidualStream | None = None
+    stream_reason: str = ""

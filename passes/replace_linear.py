@@ -14,6 +14,7 @@ class Journal:
         self._model = model
         self._modules: list[tuple[str, nn.Module]] = []
         self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._parameters: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._attributes: list[tuple[object, str, object]] = []
         self._training = {module: module.training for module in model.modules()}
 
@@ -27,6 +28,23 @@ class Journal:
         for parameter in module.parameters(recurse=False):
             self._tensors.append((parameter, parameter.detach().clone()))
 
+    def set_parameter(self, name: str, value: torch.Tensor) -> None:
+        """Put a new Parameter with the data ``value`` in the place of ``name``, under all of its names.
+
+        The old one is kept as it is, so nothing is copied: until the journal is dropped both are in memory.
+        """
+        old = self._model.get_parameter(name)
+        new = nn.Parameter(value.detach(), requires_grad=old.requires_grad)
+        for module in self._model.modules():
+            for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                if parameter is old:
+                    self.assign_parameter(module, leaf, new)
+
+    def assign_parameter(self, module: nn.Module, leaf: str, parameter: nn.Parameter) -> None:
+        """Replace one parameter of one module, which unties it from others."""
+        self._parameters.append((module, leaf, getattr(module, leaf)))
+        setattr(module, leaf, parameter)
+
     def remember_attribute(self, owner: object, name: str) -> None:
         """Keep the value of an attribute before it is set to another."""
         self._attributes.append((owner, name, getattr(owner, name)))
@@ -36,6 +54,8 @@ class Journal:
         with torch.no_grad():
             for name, module in reversed(self._modules):
                 self._set(name, module)
+            for module, leaf, parameter in reversed(self._parameters):
+                setattr(module, leaf, parameter)
             for parameter, copy in reversed(self._tensors):
                 parameter.copy_(copy)
         for owner, name, value in reversed(self._attributes):

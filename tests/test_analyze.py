@@ -16,7 +16,7 @@ from transformers import (
 from tqcompile.config import Config
 from tqcompile.errors import ConfigError
 from tqcompile.passes.analyze import analyze
-from tqcompile.passes.plan import Absorber, Plan, Site
+from tqcompile.passes.plan import Absorber, Plan, ResidualStream, Site, StreamNorm
 
 TOKENS = {"input_ids": torch.arange(12).reshape(2, 6)}
 VECTORS = {"x": torch.randn(2, 32)}
@@ -66,6 +66,16 @@ def test_the_whole_plan_of_a_decoder():
             Site((f"{mlp}.down_proj",), Absorber("linear", f"{mlp}.up_proj")),
         ),
         {"lm_head": "ignored by 'lm_head'"},
+        stream=ResidualStream(
+            64,
+            ("model.embed_tokens",),
+            (
+                StreamNorm(f"{layer}.input_layernorm", tuple(f"{attention}.{x}_proj" for x in "qkv")),
+                StreamNorm(f"{layer}.post_attention_layernorm", (f"{mlp}.gate_proj", f"{mlp}.up_proj")),
+                StreamNorm("model.norm", ("lm_head",)),
+            ),
+            (f"{attention}.o_proj", f"{mlp}.down_proj"),
+        ),
     )
 
 
@@ -242,6 +252,7 @@ def test_without_a_graph_every_linear_is_its_own_site():
     assert note.startswith("Net does not export: ")
     assert "data-dependent" in note
     assert note.endswith("every linear is its own site and no scale is absorbed")
+    assert (plan.stream, plan.stream_reason) == (None, "no graph")
 
 
 def test_transformer_encoder_layer_is_not_hidden_by_its_fast_path():

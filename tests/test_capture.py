@@ -62,6 +62,18 @@ def test_parameters_are_named(llama):
     assert expected <= set(names.values())
 
 
+def test_tied_parameters_are_named():
+    net = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8, bias=False)})
+    net["b"].weight = net["a"].weight
+    net.forward = lambda x: net["b"](net["a"](x))
+    both = ("a.weight", "b.weight")
+    assert capture(net, {"x": torch.randn(2, 8)}).meta["tied"] == {
+        "a.weight": both,
+        "b.weight": both,
+        "a.bias": ("a.bias",),
+    }
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (3, 40)])
 def test_one_graph_for_every_example_shape(llama, shape):
     gm = capture(llama, {"input_ids": torch.zeros(shape, dtype=torch.long)})

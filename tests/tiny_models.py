@@ -41,6 +41,18 @@ def tiny(name: str, seed: int = 0, **changes) -> nn.Module:
     return model.eval()
 
 
+def in_float64(model: nn.Module) -> nn.Module:
+    """The model in float64 throughout: transformers' own RMSNorms compute in float32 whatever their dtype."""
+    model = model.double()
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            norm = nn.RMSNorm(module.weight.shape[0], eps=module.variance_epsilon, dtype=torch.float64)
+            norm.weight = module.weight
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, norm)
+    return model.eval()
+
+
 def as_bfloat16(model: nn.Module) -> nn.Module:
     """The model with bfloat16 parameters, as ``from_pretrained(dtype=torch.bfloat16)`` gives it: buffers as they are.
 
@@ -55,6 +67,12 @@ def as_bfloat16(model: nn.Module) -> nn.Module:
 def tokens(rows: int = 24, length: int = 12, seed: int = 1) -> torch.Tensor:
     """(rows, length) int64 token ids."""
     return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def random_orthogonal(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Orthogonal matrices (*shape, shape[-1]) in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(*shape, shape[-1], generator=generator, dtype=torch.float64))[0]
 
 
 def logits(model: nn.Module, ids: torch.Tensor | None = None) -> torch.Tensor:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from tqcompile.config import Config
 from tqcompile.errors import CheckpointError, ModelError
 from tqcompile.methods.components import LinearSpec
 from tqcompile.modules import Int8Linear, TwinLinear, empty_layer
+from tqcompile.passes.replace_linear import Journal
+from tqcompile.passes.rotate_residual_stream import insert_after_norm
 from tqcompile.reporting import Report
 
 QUANT_METHOD = "twinquant"
@@ -35,14 +38,20 @@ _SAFETENSORS_NAME = {
 }
 
 
-def quantization_config(config: Config, specs: dict[str, dict]) -> dict[str, Any]:
-    """The ``quantization_config`` entry of ``config.json``. specs: module name -> LinearSpec as a dict."""
+def quantization_config(config: Config, specs: dict[str, dict], rotated_norms: Sequence[str] = ()) -> dict[str, Any]:
+    """The ``quantization_config`` entry of ``config.json``.
+
+    specs: module name -> LinearSpec as a dict. rotated_norms: of a model with a rotated residual stream, names of the
+    norms that a matrix follows; the entry is absent when there are none.
+    """
+    extra = {"rotated_norms": list(rotated_norms)} if rotated_norms else {}
     return {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
         "tqcompile_version": __version__,
         "config": config.to_dict(),
         "modules": specs,
+        **extra,
     }
 
 
@@ -130,7 +139,9 @@ def _fill_aliases(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
 
 
 def replace_linears(model: nn.Module, quantization: dict[str, Any], files: list[Path]) -> None:
-    """Check a checkpoint's files against its description, then swap the model's linears for empty TwinLinears.
+    """Check a checkpoint's files against its description, then give the model the structure that it describes.
+
+    Linears become empty TwinLinears; a matrix follows every rotated norm.
 
     Raises:
         CheckpointError: naming the module or tensor at fault; the model is then unchanged.
@@ -154,6 +165,9 @@ def replace_linears(model: nn.Module, quantization: dict[str, Any], files: list[
         if manifest is not None and manifest["modules"].get(name) != data:
             raise CheckpointError(f"{name}: its description in config.json differs from {MANIFEST}; it was altered.")
         layers[name] = layer
+    rotated = _checked_norms(quantization.get("rotated_norms", []), modules, headers)
+    for name in rotated:
+        insert_after_norm(model, name, Journal(model))
     for name, layer in layers.items():
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)
@@ -317,6 +331,20 @@ def _checked_spec(name: str, data: dict, linear: nn.Linear) -> LinearSpec:
     ):
         raise CheckpointError(f"{name}: impossible layer description in config.json: {data}.")
     return spec
+
+
+def _checked_norms(names: Any, modules: dict[str, nn.Module], headers: dict[str, dict]) -> list[str]:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"rotated_norms in config.json must be a list of module names, got {names!r}.")
+    for name in names:
+        weight = getattr(modules.get(name), "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.ndim != 1:
+            raise CheckpointError(f"{name}: no norm of that name; the checkpoint is of another model.")
+        size = weight.shape[0]
+        found = headers.get(f"{name}.1.weight", {}).get("shape")
+        if found != [size, size]:
+            raise CheckpointError(f"tensor {name}.1.weight must be {[size, size]}, the checkpoint holds {found}.")
+    return names
 
 
 def _are_signs(signs: Any, block: int) -> bool:

@@ -17,12 +17,22 @@ QUANT_METHOD = "twinquant"
 class TwinQuantConfig(QuantizationConfigMixin):
     """``quantization_config`` of a tqcompile checkpoint; fields as in ``tqcompile.checkpoint.quantization_config``."""
 
-    def __init__(self, config: dict, modules: dict, format_version: int, tqcompile_version: str = "", **_ignored: Any):
+    def __init__(
+        self,
+        config: dict,
+        modules: dict,
+        format_version: int,
+        tqcompile_version: str = "",
+        rotated_norms: list[str] | None = None,
+        **_ignored: Any,
+    ):
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.tqcompile_version = tqcompile_version
         self.config = config
         self.modules = modules
+        if rotated_norms:
+            self.rotated_norms = rotated_norms
 
 
 @register_quantizer(QUANT_METHOD)
