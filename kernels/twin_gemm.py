@@ -275,14 +275,16 @@ def _run_wgmma(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bia
         counters = split_counters(y.device, 2 * tiles)
     half = p.r // 2 if p.r else 32
     t2 = y2.new_empty(bm, half) if t is None else t.view(-1, p.r)
+    added = y2 if addend is None else addend.to(y.dtype).view(-1, p.n)
     registers = {} if ctas == 1 else {"maxnreg": {2: 80, 3: 56}[ctas]}
     twin_wgmma[(programs,)](
         TensorDescriptor.from_tensor(w.view(torch.int8), [64, 64], _shared(64, 8)),
         TensorDescriptor.from_tensor(x, [bm, 64], _shared(64, 8)),
         TensorDescriptor.from_tensor(t2, [bm, half], _shared(2 * half, 16)),
         TensorDescriptor.from_tensor(y2, [bm // pieces, 64], _shared(128, 16)),
+        TensorDescriptor.from_tensor(added, [bm // pieces, 64], _shared(128, 16)),
         scale, channel, x_scale, w if up is None else up, scale if up is None else up_scale,
-        _or(bias, y), _or(addend, y), partials, counters, p.t, p.n, p.k,
+        _or(bias, y), partials, counters, p.t, p.n, p.k,
         BM=bm, STAGES=stages, GROUP_STEPS=p.group // 128, R=p.r, SPLIT=splits > 1,
         HAS_BIAS=bias is not None, HAS_ADDEND=addend is not None, PIECES=pieces,
         REGISTERS={1: 240, 2: 104, 3: 72}[ctas], PDL=_dependent(p),
