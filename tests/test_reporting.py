@@ -77,7 +77,7 @@ def test_the_error_is_that_of_the_product_without_the_bias(scaled, bias):
     found = (x.double() / outside) @ effective.t()
     expected = ((found - wanted).norm() / wanted.norm()).item()
     # float32 against float64 over K = 64 products, and the bias added and taken away once.
-    assert output_error(layer, reference, x, scale if scaled else None) == pytest.approx(expected, rel=1e-5)
+    assert output_error(layer, reference, x, x / scale if scaled else None) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_table_names_everything():

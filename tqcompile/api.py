@@ -23,18 +23,24 @@ from tqcompile.config import Config, Scheme
 from tqcompile.data import Batch, load_calibration
 from tqcompile.errors import ConfigError, ModelError
 from tqcompile.methods.components import QuantizedLinear
+from tqcompile.methods.hadamard import rotate_blocks, rotation_block
 from tqcompile.methods.recipe import RECIPES
 from tqcompile.methods.select import Solution, solve_site
 from tqcompile.methods.statistics import SiteStatistics
 from tqcompile.methods.twin import SiteProblem, absorbed
 from tqcompile.modules import QUANTIZED, TwinLinear
 from tqcompile.output_head import leave_head, quantize_head
+from tqcompile.passes.absorb_head_rotation import rotate_value
 from tqcompile.passes.absorb_scale import absorb_into_norm, producer_channel, producer_scale
 from tqcompile.passes.analyze import analyze
+from tqcompile.passes.online_cost import online_cost
 from tqcompile.passes.plan import Absorber, Site
 from tqcompile.passes.replace_linear import Journal
 from tqcompile.progress import Progress
 from tqcompile.reporting import BlockRecord, LayerRecord, Report, output_error, stored_bits
+
+# A head's rotation is absorbed if it mixes at least this many channels; smaller ones stay on-line in larger blocks.
+MIN_HEAD = 32
 
 
 def compile(
@@ -196,10 +202,10 @@ def _quantize_unit(
 
     Last site first: the scale of a site may divide rows of a linear before it, which must be known to quantize that.
     """
-    row_scales: dict[str, torch.Tensor] = {}
+    row_changes: dict[str, _RowChange] = {}
     solved = []
     for site in reversed(unit.sites):
-        work = _solve_site(model, unit, site, statistics.get(site), config, journal, row_scales, bar, absorb)
+        work = _solve_site(model, unit, site, statistics.get(site), config, journal, row_changes, bar, absorb)
         bar.advance(site.name, work.solution.error)
         solved.append(work)
     results: dict[str, QuantizedLinear] = {}
@@ -209,14 +215,38 @@ def _quantize_unit(
 
 
 @dataclasses.dataclass
+class _RowChange:
+    """What a site asks of the linear that produces its input: rows divided by scale (rows,), then heads rotated."""
+
+    absorber: Absorber
+    scale: torch.Tensor | None
+    rotation: torch.Tensor | None
+
+    def apply(self, problem: SiteProblem, index: int) -> None:
+        if self.scale is not None:
+            problem.divide_rows(index, self.scale)
+        if self.rotation is not None:
+            weight, bias = problem.weights[index], problem.biases[index]
+            problem.weights[index], problem.biases[index] = rotate_value(self.absorber, self.rotation, weight, bias)
+
+
+@dataclasses.dataclass
 class _Solved:
-    """A quantized site, and the absorber that applies the reciprocal of its scale, or None."""
+    """A quantized site; the absorbers of the reciprocal of its scale and of its rotation, or None: on-line."""
 
     site: Site
     problem: SiteProblem
     solution: Solution
-    absorber: Absorber | None
+    scale_absorber: Absorber | None
+    rotation_absorber: Absorber | None
     seconds: float
+
+    def read(self, x: torch.Tensor) -> torch.Tensor:
+        """What the site's linears read when x (T, K) is what they read before."""
+        transform = self.solution.transform
+        if self.scale_absorber is not None:
+            x = x / transform.scale
+        return x if self.rotation_absorber is None else rotate_blocks(x, transform.rotation)
 
 
 def _solve_site(
@@ -226,11 +256,11 @@ def _solve_site(
     statistics: SiteStatistics | None,
     config: Config,
     journal: Journal,
-    row_scales: dict[str, torch.Tensor],
+    row_changes: dict[str, _RowChange],
     bar: Progress,
     absorb: bool,
 ) -> _Solved:
-    """Quantize a site and hand its scale to its absorber: into the norm now, into ``row_scales`` for a linear."""
+    """Quantize a site; its scale (and rotation) go to its absorber: into the norm now, or into ``row_changes``."""
     began = time.perf_counter()
     linears = [model.get_submodule(name) for name in site.linears]
     device = config.device or linears[0].weight.device
@@ -238,38 +268,45 @@ def _solve_site(
     biases = [None if linear.bias is None else linear.bias.detach().to(device) for linear in linears]
     absorber = site.absorber if site.absorber and absorb and _can_absorb(site.absorber, unit) else None
     tie = producer_channel(absorber, weights[0].shape[1]).to(device) if absorber else None
-    problem = SiteProblem(weights, biases, statistics, Scheme.parse(config.scheme), config, tie, site.name)
+    head_dim = absorber.head_dim if absorber and _rotates_heads(absorber) else 0
+    scheme = Scheme.parse(config.scheme)
+    problem = SiteProblem(weights, biases, statistics, scheme, config, tie, site.name, head_dim)
     for index, name in enumerate(site.linears):
-        if name in row_scales:
-            problem.divide_rows(index, row_scales[name])
+        if name in row_changes:
+            row_changes[name].apply(problem, index)
     norm = model.get_submodule(absorber.module) if absorber and absorber.kind == "norm" else None
 
     def applied(scale: torch.Tensor) -> torch.Tensor:
         return scale if norm is None else absorb_into_norm(copy.deepcopy(norm), scale).to(scale)
 
     solution = solve_site(problem, applied, lambda loss: bar.show(site.name, loss))
-    scale = solution.transform.scale
-    if scale is None:
-        absorber = None
-    elif norm is not None:
+    scale, rotation = solution.transform.scale, solution.transform.rotation if head_dim else None
+    if scale is not None and norm is not None:
         journal.remember(norm)
         absorb_into_norm(norm, scale)
-    elif absorber is not None:
-        row_scales[absorber.module] = producer_scale(absorber, scale)
-    return _Solved(site, problem, solution, absorber, time.perf_counter() - began)
+    elif absorber is not None and norm is None:
+        rows = None if scale is None else producer_scale(absorber, scale)
+        row_changes[absorber.module] = _RowChange(absorber, rows, rotation)
+    return _Solved(
+        site,
+        problem,
+        solution,
+        None if scale is None else absorber,
+        None if rotation is None else absorber,
+        time.perf_counter() - began,
+    )
 
 
 def _replace_site(model: nn.Module, work: _Solved, journal: Journal, report: Report) -> dict[str, QuantizedLinear]:
     """Replace and measure the linears of one site."""
     problem, site, solution = work.problem, work.site, work.solution
-    quantized = solution.quantized
-    if work.absorber is not None:
-        quantized = [absorbed(result) for result in quantized]
+    scale, rotation = work.scale_absorber is not None, work.rotation_absorber is not None
+    quantized = [absorbed(result, scale, rotation) for result in solution.quantized]
     for name, weight, result in zip(site.linears, problem.weights, quantized, strict=True):
         layer, error = TwinLinear.from_quantized(result), None
         if problem.statistics is not None:
-            outside = solution.transform.scale if work.absorber is not None else None
-            error = output_error(layer, weight, problem.statistics.held_out, outside)
+            held_out = problem.statistics.held_out
+            error = output_error(layer, weight, held_out, work.read(held_out))
         report.layers.append(
             LayerRecord(
                 name=name,
@@ -278,7 +315,7 @@ def _replace_site(model: nn.Module, work: _Solved, journal: Journal, report: Rep
                 rank=result.spec.rank,
                 error=error,
                 bits=stored_bits(layer),
-                transform=_describe(solution, site, work.absorber),
+                transform=_describe(work),
                 seconds=work.seconds / len(site.linears),
                 closed_error=solution.closed_error,
                 learned_error=solution.learned_error,
@@ -341,14 +378,26 @@ def _can_absorb(absorber: Absorber, unit: Unit) -> bool:
     return unit.name == "model" or absorber.module.startswith(f"{unit.name}.")
 
 
-def _describe(solution: Solution, site: Site, absorber: Absorber | None) -> str:
-    transform, parts = solution.transform, []
-    if transform.rotation is not None:
+def _rotates_heads(absorber: Absorber) -> bool:
+    """Whether the rotation of a site goes into the value projection: heads are kept, and large enough to mix well."""
+    return absorber.kind == "attn_v" and not absorber.unrotatable and rotation_block(absorber.head_dim) >= MIN_HEAD
+
+
+def _describe(work: _Solved) -> str:
+    """What happens to a site's input, where, and the cost of what stays on-line."""
+    transform, site, parts = work.solution.transform, work.site, []
+    block = 0 if transform.rotation is None else transform.rotation.shape[0]
+    if block:
         kind = "hadamard" if transform.rotation_signs else "learned rotation "
-        parts.append(f"{kind}{transform.rotation.shape[0]} on-line")
+        where = f"in {work.rotation_absorber.module}" if work.rotation_absorber else "on-line"
+        parts.append(f"{kind}{block} {where}")
     if transform.scale is not None:
+        absorber = work.scale_absorber
         parts.append(f"scale in {absorber.module}" if absorber else f"scale on-line ({site.reason or 'no absorber'})")
-    return ", ".join(parts) or "none"
+    shapes = [tuple(weight.shape) for weight in work.problem.weights]
+    scaled = transform.scale is not None and work.scale_absorber is None
+    cost = online_cost(shapes, 0 if work.rotation_absorber else block, scaled)
+    return ", ".join(parts) + (f"; {cost.percent:.2f}% FLOPs on-line" if cost.flops else "") if parts else "none"
 
 
 def _calibration_batches(model: nn.Module, calib_data: Any, tokenizer: Any, config: Config) -> list[Batch]:

@@ -131,16 +131,14 @@ def stored_bits(layer: TwinLinear | Int8Linear) -> float:
     return 8 * total / (layer.out_features * layer.in_features)
 
 
-def output_error(
-    layer: TwinLinear | Int8Linear, reference: torch.Tensor, x: torch.Tensor, scale: torch.Tensor | None
-) -> float:
+def output_error(layer: nn.Module, reference: torch.Tensor, x: torch.Tensor, read: torch.Tensor | None = None) -> float:
     """Relative error of a quantized layer's product on rows x (T, K); reference: (N, K) float32 exact weights.
 
-    scale: (K,) divided out of the layer's input by a neighbour, or None.
+    read: (T, K) what the layer reads in the place of x where neighbours scale or rotate it, or None.
     """
     y = x @ reference.t()
     bias = layer.bias.float() if layer.bias is not None else 0.0
-    y_q = layer(x if scale is None else x / scale) - bias
+    y_q = layer(x if read is None else read) - bias
     return float((y_q - y).norm() / y.norm().clamp_min(1e-30))
 
 

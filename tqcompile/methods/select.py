@@ -77,8 +77,10 @@ def learn_transform(
     closed = closed_form_transform(problem, scale, factors=False)
     w = problem.stacked()
     rotation = closed.rotation
-    # A learned rotation is stored, a signed Hadamard is not: it must not outweigh the 4-bit codes of its site.
-    learn_rotation = rotation is not None and 16 * rotation.numel() <= 4 * w.numel()
+    # A learned rotation is stored unless a neighbour absorbs it, a signed Hadamard is not: it must not outweigh the
+    # 4-bit codes of its site.
+    affordable = rotation is not None and (problem.head_dim or 16 * rotation.numel() <= 4 * w.numel())
+    learn_rotation = bool(affordable)
     if rotation is not None:
         # A signed Hadamard in bfloat16 is orthogonal up to one factor.
         rotation = rotation * (len(rotation) ** 0.5 / rotation.norm())

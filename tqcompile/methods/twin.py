@@ -43,7 +43,8 @@ class SiteProblem:
     """The linears of one site. weights: (N_i, K) each; biases: (N_i,) or None; statistics: None when data-free.
 
     tie: (K,) long, channels with equal numbers must share one scale (an absorber demands it), or None.
-    name: named in errors.
+    head_dim: the rotation mixes no channels of different heads of this many channels (an absorber demands it, and
+        nothing of the rotation stays on-line), or 0. name: named in errors.
     """
 
     weights: list[torch.Tensor]
@@ -53,6 +54,7 @@ class SiteProblem:
     config: Config
     tie: torch.Tensor | None = None
     name: str = "linear"
+    head_dim: int = 0
 
     @property
     def recipe(self):
@@ -159,7 +161,7 @@ def _without_clip(
     problem: SiteProblem, scale: torch.Tensor | None, w: torch.Tensor, factors: bool = True
 ) -> SiteTransform:
     recipe, config, generator = problem.recipe, problem.config, problem.generator()
-    block = rotation_block(w.shape[1]) if recipe.rotate else 0
+    block = rotation_block(problem.head_dim or w.shape[1]) if recipe.rotate else 0
     signs = random_signs(block, generator) if block else ""
     rotation = signed_hadamard(signs).to(w) if block else None
     clip = DEFAULT_CLIP if recipe.clip else 1.0
@@ -295,7 +297,13 @@ def _factor_tensors(factors: LowRank | None, rows: slice) -> dict[str, torch.Ten
     }
 
 
-def absorbed(quantized: QuantizedLinear) -> QuantizedLinear:
-    """The same linear without its on-line input scale, which a neighbour now applies."""
-    tensors = {k: v for k, v in quantized.tensors.items() if k != "transform.input_scale"}
-    return QuantizedLinear(dataclasses.replace(quantized.spec, scaled=False), tensors)
+def absorbed(quantized: QuantizedLinear, scale: bool = True, rotation: bool = False) -> QuantizedLinear:
+    """The same linear without its on-line input scale or rotation, which a neighbour now applies."""
+    spec, tensors = quantized.spec, dict(quantized.tensors)
+    if scale:
+        tensors.pop("transform.input_scale", None)
+        spec = dataclasses.replace(spec, scaled=False)
+    if rotation:
+        tensors.pop("transform.rotation", None)
+        spec = dataclasses.replace(spec, rotation_block=0, rotation_signs="")
+    return QuantizedLinear(spec, tensors)
