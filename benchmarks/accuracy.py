@@ -21,6 +21,10 @@ from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
+# This folder holds a kernels.py, which transformers would take for the PyPI package of that name.
+sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() != ROOT / "benchmarks")]
+
 METHODS = ("rtn", "gptq", "quarot", "spinquant", "svdquant", "twin")
 CALIBRATION_WINDOWS, EVALUATION_WINDOWS = 128, 64
 OUTLIER_CHANNELS, OUTLIER_FACTOR = 4, 30.0
@@ -46,7 +50,7 @@ ABLATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One measurement; ``variant`` is a key of ABLATIONS, settings are overrides of ``tqcompile.Config``."""
+    """One measurement. model: the folder's name; variant: a key of ABLATIONS; settings: of ``tqcompile.Config``."""
 
     model: str
     scheme: str
@@ -124,14 +128,14 @@ def apply_variant(variant: str, method: str) -> dict:
     return change.get("settings", {})
 
 
-def measure(run: Run, device: str) -> dict:
+def measure(run: Run, folder: str, device: str) -> dict:
     """Perplexity, bits and seconds of one run; scheme "fp32" measures the model as it is."""
     import tqcompile
     from tqcompile import demo
     from tqcompile.evaluate import perplexity
 
     torch.manual_seed(run.seed)
-    model, tokenizer = load(run.model, device)
+    model, tokenizer = load(folder, device)
     if run.inject:
         inject_outliers(model, run.seed)
     held_out = demo.held_out_windows(tokenizer, EVALUATION_WINDOWS)
@@ -150,11 +154,11 @@ def measure(run: Run, device: str) -> dict:
     return {**result, "perplexity": perplexity(model, held_out)}
 
 
-def in_process(run: Run, device: str, threads: int) -> dict:
+def in_process(run: Run, args) -> dict:
     """:func:`measure` in a fresh interpreter."""
-    command = [sys.executable, __file__, "--one", json.dumps(dataclasses.asdict(run)), "--device", device]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+    one = json.dumps(dataclasses.asdict(run))
+    command = [sys.executable, __file__, "--one", one, "--model", args.model, "--device", args.device]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{run.key()} failed:\n{done.stderr[-3000:]}")
@@ -168,7 +172,7 @@ def run_all(runs: list[Run], args) -> dict[str, dict]:
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them already in the file", file=sys.stderr)
     failed = []
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        pending = {pool.submit(in_process, run, args.device, args.threads): run for run in todo}
+        pending = {pool.submit(in_process, run, args): run for run in todo}
         for future in concurrent.futures.as_completed(pending):
             run = pending[future]
             if future.exception():
@@ -226,7 +230,7 @@ def main() -> None:
     if args.one:
         fields = json.loads(args.one)
         fields["settings"] = tuple(tuple(pair) for pair in fields["settings"])
-        print(json.dumps(measure(Run(**fields), args.device)))
+        print(json.dumps(measure(Run(**fields), args.model, args.device)))
         return
     seeds = [int(seed) for seed in args.seeds.split(",")]
     settings = tuple((name, int(value)) for name, _, value in (item.partition("=") for item in args.set))
@@ -237,11 +241,12 @@ def main() -> None:
     else:
         default = ",".join(f"{method}-w4a{bits}" for bits in (16, 8, 4) for method in METHODS)
         cases = [(scheme, "everything") for scheme in (args.schemes or default).split(",")]
-    runs = [Run(args.model, "fp32", seeds[0], args.inject)]
-    runs += [Run(args.model, scheme, seed, args.inject, v, settings) for scheme, v in cases for seed in seeds]
+    model = Path(args.model).resolve().name
+    runs = [Run(model, "fp32", seeds[0], args.inject)]
+    runs += [Run(model, scheme, seed, args.inject, v, settings) for scheme, v in cases for seed in seeds]
     found = run_all(runs, args)
     baseline = found[runs[0].key()]["perplexity"]
-    print(f"{args.model}{' with outliers' if args.inject else ''}: fp32 perplexity {baseline:.4f}")
+    print(f"{model}{' with outliers' if args.inject else ''}: fp32 perplexity {baseline:.4f}")
     print(table(runs, found, baseline))
 
 

@@ -132,7 +132,7 @@ def test_codes_are_tuned_straight_through_their_rounding(monkeypatch):
 def test_compile_tunes_blocks_and_reports_it(name):
     model = as_bfloat16(tiny(name)) if name == "Qwen2" else tiny(name)
     dtypes = {n: p.dtype for n, p in model.named_parameters() if "norm" in n}
-    tqcompile.compile(model, tokens(), scheme="twin-w4a8", tune=4, **SETTINGS)
+    tqcompile.compile(model, tokens(), scheme="twin-w4a8", **{**SETTINGS, "tune": 4})
     report = tqcompile.report(model)
     assert [b.name for b in report.blocks] == ["model.layers.0", "model.layers.1"]
     for record in report.blocks:
@@ -149,7 +149,7 @@ def test_a_block_that_got_worse_is_left_as_it_was(monkeypatch):
     tqcompile.compile(plain, tokens(), scheme="twin-w4a8", **SETTINGS)
     for rate in ("LR_CODES", "LR_SCALE", "LR_VECTOR"):
         monkeypatch.setattr(block_tuning, rate, 3.0)
-    tqcompile.compile(tuned, tokens(), scheme="twin-w4a8", tune=2, **SETTINGS)
+    tqcompile.compile(tuned, tokens(), scheme="twin-w4a8", **{**SETTINGS, "tune": 2})
     assert not any(record.kept for record in tqcompile.report(tuned).blocks)
     for key, value in plain.state_dict().items():
         assert torch.equal(value, tuned.state_dict()[key]), key
@@ -168,7 +168,7 @@ def test_a_failure_while_tuning_puts_everything_back(monkeypatch):
 
     monkeypatch.setattr("tqcompile.api.tune_block", fails)
     with pytest.raises(KeyboardInterrupt):
-        tqcompile.compile(model, tokens(), scheme="twin-w4a8", tune=3, **SETTINGS)
+        tqcompile.compile(model, tokens(), scheme="twin-w4a8", **{**SETTINGS, "tune": 3})
     assert_unchanged(model, before)
 
 
@@ -176,6 +176,6 @@ def test_attaching_a_recipe_leaves_norms_alone():
     model = tiny("Qwen3")
     before = snapshot(model)
     settings = {name: value for name, value in SETTINGS.items() if name != "backend"}
-    report = tqcompile.attach_recipe(model, tokens(), scheme="twin-w4a8", tune=3, **settings)
+    report = tqcompile.attach_recipe(model, tokens(), scheme="twin-w4a8", **{**settings, "tune": 3})
     assert len(report.blocks) == 2
     assert_unchanged(model, before)

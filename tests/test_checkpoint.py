@@ -111,7 +111,7 @@ def test_a_plain_module(tmp_path, tied):
     for parameter in fresh.parameters():
         nn.init.normal_(parameter)
     data = [{"ids": torch.randint(0, 64, (4, 6), generator=torch.Generator().manual_seed(s))} for s in range(4)]
-    tqcompile.compile(model, data, group_size=32, rank=8, steps=3, progress=False, backend=None)
+    tqcompile.compile(model, data, group_size=32, rank=8, steps=3, tune=2, progress=False, backend=None)
     assert len(tqcompile.report(model).layers) == (2 if tied else 3)
     tqcompile.save(model, tmp_path / "plain")
     reloaded = tqcompile.load(tmp_path / "plain", model=fresh)

@@ -39,7 +39,7 @@ def tiny(kind: str) -> nn.Module:
 
 def quantized(kind: str, scheme: str) -> nn.Module:
     rows = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(1)).tolist()
-    settings = {"rank": 16, "group_size": 64, "steps": 3, "backend": None, "progress": False}
+    settings = {"rank": 16, "group_size": 64, "steps": 3, "tune": 2, "backend": None, "progress": False}
     return tqcompile.compile(tiny(kind), rows, scheme=scheme, **settings)
 
 

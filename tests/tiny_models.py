@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 VOCABULARY = 97
-SETTINGS = {"group_size": 64, "rank": 16, "steps": 3, "progress": False, "backend": None}
+SETTINGS = {"group_size": 64, "rank": 16, "steps": 3, "tune": 0, "progress": False, "backend": None}
 
 
 def tiny(name: str, seed: int = 0, **changes) -> nn.Module:

@@ -61,7 +61,7 @@ class Config:
     group_size: int = 128
     ignore: tuple[str, ...] = DEFAULT_IGNORE
     steps: int = 100
-    tune: int = 0
+    tune: int = 30
     samples: int = 128
     seq_len: int = 512
     seed: int = 0
