@@ -86,7 +86,7 @@ def run_low_rank(x, x_scale, down, down_scale, t, sms: int, dependent: bool) -> 
     group = k // down_scale.shape[1]
     wide = x.dtype == torch.float32  # no tensor core
     step = min(32 if wide else 128, group & -group)
-    tile = 16 if wide or tokens < 4096 else 32 if tokens < 8192 else 64
+    tile = 16 if wide or tokens < 1024 else 32 if tokens < 4096 else 64
     tiles, padded = -(-tokens // tile), max(32, triton.next_power_of_2(rank))
     splits = choose_splits(tiles, k // step, sms)
     partials = counters = t  # not read when splits is 1

@@ -28,7 +28,7 @@ from tqcompile.kernels.twin_linear import (
 MAX_K = 32768
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _ROW_PROGRAMS = 128  # programs that fill the GPU; more would only repeat more work
-_MOST_ROWS = 64  # tokens up to which the repeated work costs less than a second launch
+_MOST_ROWS = 16  # tokens up to which the repeated work costs less than a second launch
 
 
 @triton.jit
@@ -170,13 +170,13 @@ def _token(
 def _rows(
     x, other, gain, input_scale, rotation, down, down_scale, operand, operand_scale, q8, q8_scale, t, h,
     T, K, R, x_stride, other_stride, eps, act_ratio,
-    P: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
+    P: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, EXACT: tl.constexpr, BITS: tl.constexpr, KEEP8: tl.constexpr,
     KIND: tl.constexpr, HAS_OTHER: tl.constexpr, SCALE: tl.constexpr, ROTATE: tl.constexpr,
     INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """RP > 0: program p of the P of a token computes RP values of t from p * RP on, STEP at a time.
-    RP 0: a program takes one token after another, so that the rotation is read once."""
+    RP 0: one token a program, without t."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()  # twin_gemm may start; it waits by itself for what is stored here
     row = tl.arange(0, ROWS)[:, None]
@@ -217,19 +217,15 @@ def _rows(
             value = round_to(value, t.dtype.element_ty, INTERPRET)
             tl.store(t + token * R + _in_planes(r + i, R), value, mask=r + i < R)
     else:
-        start = tl.program_id(0).to(tl.int64)
-        for i in tl.range(0, tl.cdiv(T - tl.program_id(0), tl.num_programs(0)), num_stages=STAGES):
-            token = start + i * tl.num_programs(0)
-            _token(
-                token, token >= 0, x, other, g, s, turn, operand, operand_scale, q8, q8_scale, h,
-                K, x_stride, other_stride, eps, act_ratio,
-                ROWS, COLS, EXACT, EXACT, BITS, KEEP8, KIND, HAS_OTHER, SCALE, ROTATE, INTERPRET,
-            )  # fmt: skip
+        _token(
+            tl.program_id(0).to(tl.int64), True, x, other, g, s, turn, operand, operand_scale, q8, q8_scale, h,
+            K, x_stride, other_stride, eps, act_ratio,
+            ROWS, COLS, EXACT, EXACT, BITS, KEEP8, KIND, HAS_OTHER, SCALE, ROTATE, INTERPRET,
+        )  # fmt: skip
 
 
 class Plan(NamedTuple):
-    """How a launch is cut. ``parts`` programs a token, ``ranks`` values of t each (0: t in a launch of its own, and
-    here ``per_sm`` programs an SM, each of which asks for the next tokens ``stages`` - 1 ahead)."""
+    """How a launch is cut. ``parts`` programs a token, ``ranks`` values of t each (0: t in a launch of its own)."""
 
     parts: int
     ranks: int
@@ -237,8 +233,6 @@ class Plan(NamedTuple):
     rows: int
     columns: int
     warps: int
-    stages: int = 1
-    per_sm: int = 4
 
 
 def choose_plan(t: int, k: int, rank: int, group: int, block: int) -> Plan:
@@ -248,9 +242,7 @@ def choose_plan(t: int, k: int, rank: int, group: int, block: int) -> Plan:
     rows = max(16, triton.next_power_of_2(-(-k // columns)))  # 16 rows are the smallest matrix of a dot
     warps = 4 if rows * columns <= 2048 else 8 if rows * columns <= 8192 else 16
     if rank == 0 or (t > _MOST_ROWS and group % 64 == 0):
-        # A wide row leaves room for one program on an SM: it has to hide its own latency.
-        stages, per_sm = (3, 1) if rows * columns == 16384 else (1, 1) if warps == 16 else (1, 32 // warps)
-        return Plan(1, 0, 1, rows, columns, warps, stages, per_sm)
+        return Plan(1, 0, 1, rows, columns, warps)
     padded = triton.next_power_of_2(rank)
     ranks = max(padded * t // _ROW_PROGRAMS, 1 if rows * columns > 8192 else 2)
     ranks = min(triton.next_power_of_2(ranks), padded)
@@ -334,23 +326,19 @@ def _run(
     dependent = x.is_cuda and _gpu(x.device.index).major >= 9
     launch_options = {"launch_pdl": True} if dependent else {}
     nothing = x  # stands for tensors that are not read
-    sms, large = 16, True
-    if x.is_cuda:
-        gpu = _gpu(x.device.index)
-        sms, large = gpu.multi_processor_count, gpu.shared_memory_per_block_optin >= 227 << 10
-    programs = tokens * plan.parts if plan.ranks else min(tokens, sms * plan.per_sm)
-    _rows[(programs,)](
+    _rows[(tokens * plan.parts,)](
         x, nothing if other is None else other, nothing if gain is None else gain.contiguous(),
         nothing if input_scale is None else input_scale.contiguous(),
         nothing if rotation is None else rotation.to(x.dtype).contiguous(),
         down if rank else nothing, down_scale if rank else nothing,
         operand, operand_scale, q8, q8_scale, t, h,
         tokens, k, rank, x.stride(0), 0 if other is None else other.stride(0), float(eps), float(act_ratio),
-        P=plan.parts, RP=plan.ranks, STEP=plan.step, STAGES=plan.stages if large else 1, GROUP=group,
+        P=plan.parts, RP=plan.ranks, STEP=plan.step, GROUP=group,
         ROWS=plan.rows, COLS=plan.columns, EXACT=plan.rows * plan.columns == k,
         BITS=act_bits, KEEP8=apart, KIND=kind, HAS_OTHER=other is not None,
         SCALE=input_scale is not None, ROTATE=rotation is not None, INTERPRET=INTERPRET, PDL=dependent,
         num_warps=plan.warps, **launch_options,
     )  # fmt: skip
     if apart:
+        sms = _gpu(x.device.index).multi_processor_count if x.is_cuda else 16
         run_low_rank(q8, q8_scale, down, down_scale, t, sms, dependent)
