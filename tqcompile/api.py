@@ -8,6 +8,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import importlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -78,6 +79,7 @@ def compile(
     model.requires_grad_(False)
     _mark(model, config, report)
     if backend == "twinquant" or (backend == "auto" and device_of(model).type == "cuda"):
+        importlib.import_module("tqcompile.backend")  # a checkout that is not installed has no entry point
         # What was left alone here stays as it is, also in fragments that a graph break cuts off.
         model.compile(backend="twinquant", dynamic=True, options={"quantize": False})
     return model
