@@ -26,7 +26,7 @@ def _fresh_dynamo():
 @functools.cache
 def _quantized(name: str, layers: int, scheme: str) -> nn.Module:
     ids = torch.randint(0, 97, (8, 16), generator=torch.Generator().manual_seed(0))
-    settings = {"rank": 8, "group_size": 32, "backend": None, "progress": False}
+    settings = {"rank": 8, "group_size": 32, "steps": 3, "tune": 2, "backend": None, "progress": False}
     return tqcompile.compile(tiny(name, layers), ids, scheme=scheme, **settings)
 
 
@@ -150,7 +150,7 @@ def test_plain_linears_are_quantized_and_lowered():
 
 def test_calibrated_components_beside_a_plain_model_merge_too():
     model, ids = tiny("Llama", 1), torch.randint(0, 97, (8, 16))
-    tqcompile.attach_recipe(model, ids, rank=8, group_size=32, progress=False)
+    tqcompile.attach_recipe(model, ids, rank=8, group_size=32, steps=3, tune=2, progress=False)
     with torch.no_grad():
         compiled = torch.compile(model, backend="twinquant", options={"inner": "eager", "lower": True})
         got = first(compiled(ids))

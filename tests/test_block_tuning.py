@@ -58,6 +58,10 @@ def case(scheme, tokens_per_row=12, batches=4):
     return block, {"inner.up": up, "inner.down": down}, calls
 
 
+def in_sites(linears):
+    return [{name: result} for name, result in linears.items()]
+
+
 def error(block, calls):
     """Independent of the code under test."""
     found = []
@@ -88,7 +92,14 @@ def test_tuning_brings_the_block_closer_and_reports_what_is_stored(scheme):
     before = copy.deepcopy(block.state_dict())
     losses = []
     tuned = tune_block(
-        block, linears, ["norm.weight"], calls[:3], calls[3:], 60, torch.Generator().manual_seed(0), losses.append
+        block,
+        in_sites(linears),
+        ["norm.weight"],
+        calls[:3],
+        calls[3:],
+        60,
+        torch.Generator().manual_seed(0),
+        losses.append,
     )
     assert len(losses) == 60
     assert all(torch.equal(before[n], t) for n, t in block.state_dict().items())
@@ -108,7 +119,7 @@ def test_tuning_brings_the_block_closer_and_reports_what_is_stored(scheme):
 def test_same_seed_same_bytes():
     block, linears, calls = case("twin-w4a4")
     runs = [
-        tune_block(block, linears, ["norm.weight"], calls[:3], calls[3:], 5, torch.Generator().manual_seed(1))
+        tune_block(block, in_sites(linears), ["norm.weight"], calls[:3], calls[3:], 5, torch.Generator().manual_seed(1))
         for _ in range(2)
     ]
     assert torch.equal(runs[0].vectors["norm.weight"], runs[1].vectors["norm.weight"])
@@ -117,10 +128,26 @@ def test_same_seed_same_bytes():
         assert all(torch.equal(first[n], second[n]) for n in first)
 
 
+@pytest.mark.parametrize("scheme", ["twin-w4a8", "twin-w4a4"])
+def test_what_a_site_computes_of_its_input_stays_shared(scheme):
+    model = tiny("Qwen3")
+    tqcompile.compile(model, tokens(), scheme=scheme, **{**SETTINGS, "tune": 12})
+    assert any(record.kept for record in tqcompile.report(model).blocks)
+    for block in model.model.layers:
+        for site in (
+            [block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj],
+            [block.mlp.gate_proj, block.mlp.up_proj],
+        ):
+            assert len({layer.spec.act_ratio for layer in site}) == 1
+            for layer in site[1:]:
+                assert torch.equal(layer.down.weight_packed, site[0].down.weight_packed)
+                assert torch.equal(layer.down.weight_scale, site[0].down.weight_scale)
+
+
 def test_codes_are_tuned_straight_through_their_rounding(monkeypatch):
     monkeypatch.setattr(block_tuning, "LR_CODES", 0.3)
     block, linears, calls = case("twin-w4a16")
-    tuned = tune_block(block, linears, [], calls[:3], calls[3:], 20, torch.Generator().manual_seed(1))
+    tuned = tune_block(block, in_sites(linears), [], calls[:3], calls[3:], 20, torch.Generator().manual_seed(1))
     assert not tuned.vectors
     for name, result in tuned.linears.items():
         for part in ("residual", "down", "up"):

@@ -20,10 +20,12 @@ def measured():
     assert calibration.shape == (CALIBRATION, demo.WINDOW)
     found = {"fp32": perplexity(demo.load_model(), held_out)}
     for scheme in SCHEMES:
-        model = tqcompile.compile(demo.load_model(), calibration, scheme=scheme, backend=None, progress=False)
+        settings = {"scheme": scheme, "steps": 30, "tune": 10, "backend": None, "progress": False}
+        model = tqcompile.compile(demo.load_model(), calibration, **settings)
         bits = tqcompile.report(model).bits_per_weight
-        # The accuracy is not bought with bits: SVDQuant's 16-bit factors take most.
-        assert bits < {"twin": 5.5, "svdquant": 7.5, "rtn": 4.2}[scheme.partition("-")[0]]
+        # The accuracy is not bought with bits: SVDQuant's 16-bit factors take most. One bit of twin's is for the
+        # learned rotations, which are large beside the layers of this small model.
+        assert bits < {"twin": 6.2, "svdquant": 7.5, "rtn": 4.2}[scheme.partition("-")[0]]
         found[scheme] = perplexity(model, held_out)
     return found
 
@@ -32,8 +34,8 @@ def test_the_model_has_learned_something(measured):
     assert 3 < measured["fp32"] < 9
 
 
-def test_four_bit_weights_and_eight_bit_activations_cost_at_most_five_percent(measured):
-    assert measured["twin-w4a8"] < 1.05 * measured["fp32"]
+def test_four_bit_weights_and_eight_bit_activations_cost_at_most_three_percent(measured):
+    assert measured["twin-w4a8"] < 1.03 * measured["fp32"]
 
 
 def test_four_bit_activations_beat_svdquant_and_halve_the_loss_of_round_to_nearest(measured):

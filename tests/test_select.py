@@ -10,7 +10,7 @@ from tqcompile.methods.statistics import StatisticsCollector, balance_tokens
 from tqcompile.methods.twin import SiteProblem, closed_form_transform
 from tqcompile.modules import TwinLinear
 
-K, SIZES = 128, (400, 120)
+K, SIZES = 128, (900, 200)
 
 
 def inputs(t, seed=0):

@@ -345,7 +345,7 @@ def _tune_unit(
     vectors = _own_vectors(model, block) if absorb else []
     tuned = tune_block(
         block,
-        {name.removeprefix(prefix): result for name, result in results.items()},
+        [{name.removeprefix(prefix): results[name] for name in site.linears} for site in unit.sites],
         vectors,
         unit.calls[:-held],
         unit.calls[-held:],

@@ -56,9 +56,13 @@ class _Codes(nn.Module):
 
 
 class TunableLinear(nn.Module):
-    """The differentiable form of a ``TwinLinear`` with 4-bit components; x (..., K) float32 -> (..., N)."""
+    """The differentiable form of a ``TwinLinear`` with 4-bit components; x (..., K) float32 -> (..., N).
 
-    def __init__(self, quantized: QuantizedLinear, device: torch.device):
+    sibling: another linear of the same site, with which it shares ``down`` and the clip, as quantized linears do: what
+    a site computes of its input is computed once for all of them.
+    """
+
+    def __init__(self, quantized: QuantizedLinear, device: torch.device, sibling: "TunableLinear | None" = None):
         super().__init__()
         spec, tensors = quantized.spec, {n: t.to(device) for n, t in quantized.tensors.items()}
         self.quantized, self.spec = quantized, spec
@@ -66,10 +70,14 @@ class TunableLinear(nn.Module):
         self.parts = nn.ModuleDict(
             {n: _Codes(tensors[f"{n}.weight_packed"], tensors[f"{n}.weight_scale"], n != "residual") for n in parts}
         )
+        if sibling is not None and spec.rank:
+            self.parts["down"] = sibling.parts["down"]
         self.bias = nn.Parameter(tensors["bias"].float().clone()) if "bias" in tensors else None
         self.input_scale, self.rotation = tensors.get("transform.input_scale"), tensors.get("transform.rotation")
         clip = QMAX / 127 / spec.act_ratio if spec.act_ratio else 1.0
         self.clip = nn.Parameter(torch.tensor(clip, device=device)) if spec.act_ratio else None
+        if sibling is not None:
+            self.clip = sibling.clip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = transform_activation(x, self.input_scale, self.rotation)
@@ -110,7 +118,7 @@ class Tuned:
 
 def tune_block(
     block: nn.Module,
-    linears: dict[str, QuantizedLinear],
+    sites: list[dict[str, QuantizedLinear]],
     vectors: list[str],
     calls: list[BlockCall],
     held_out: list[BlockCall],
@@ -121,15 +129,21 @@ def tune_block(
     """Tune one block; ``block`` itself is left as it was.
 
     Args:
-        block: the module that holds the linears. linears: name inside the block -> quantized. vectors: names of
-            the one-dimensional parameters to tune. calls: to learn from; held_out: to measure before and after.
+        block: the module that holds the linears. sites: for each, name inside the block -> quantized linear.
+        vectors: names of the one-dimensional parameters to tune. calls: to learn from; held_out: to measure before
+            and after.
         steps: each reads about TOKENS tokens of one call. generator: draws calls and rows. on_step: told the loss.
     """
     device = calls[0].hidden.device
-    tunable = {name: TunableLinear(quantized, device) for name, quantized in linears.items()}
+    tunable: dict[str, TunableLinear] = {}
+    for site in sites:
+        first = None
+        for name, quantized in site.items():
+            tunable[name] = TunableLinear(quantized, device, first)
+            first = first or tunable[name]
     student = _Student(block, tunable, vectors)
     groups = [
-        {"params": [p for m in tunable.values() for n, p in m.named_parameters() if n.endswith(leaf)], "lr": lr}
+        {"params": _named(tunable, leaf), "lr": lr}
         for leaf, lr in (("codes", LR_CODES), ("log_factor", LR_SCALE), ("clip", LR_CLIP))
     ]
     biases = [m.bias for m in tunable.values() if m.bias is not None]
@@ -154,6 +168,12 @@ def tune_block(
             on_step(float(loss.detach()))
     stored = {name: p.detach().to(block.get_parameter(name).dtype) for name, p in student.vectors.items()}
     return Tuned({n: m.result() for n, m in tunable.items()}, stored, before, student.held_out_loss(held_out))
+
+
+def _named(tunable: dict[str, TunableLinear], leaf: str) -> list[nn.Parameter]:
+    """The parameters of that name, each once."""
+    found = {id(p): p for m in tunable.values() for n, p in m.named_parameters() if n.endswith(leaf)}
+    return list(found.values())
 
 
 class _Student:

@@ -77,10 +77,7 @@ def learn_transform(
     closed = closed_form_transform(problem, scale, factors=False)
     w = problem.stacked()
     rotation = closed.rotation
-    # A learned rotation is stored unless a neighbour absorbs it, a signed Hadamard is not: it must not outweigh the
-    # 4-bit codes of its site.
-    affordable = rotation is not None and (problem.head_dim or 16 * rotation.numel() <= 4 * w.numel())
-    learn_rotation = bool(affordable)
+    learn_rotation = rotation is not None and _affordable(problem, rotation)
     if rotation is not None:
         # A signed Hadamard in bfloat16 is orthogonal up to one factor.
         rotation = rotation * (len(rotation) ** 0.5 / rotation.norm())
@@ -99,6 +96,15 @@ def learn_transform(
         clip=float(torch.sigmoid(found.act_clip)),
         signs="" if learn_rotation else closed.rotation_signs,
     )
+
+
+def _affordable(problem: SiteProblem, rotation: torch.Tensor) -> bool:
+    """Whether a learned rotation takes no more room than the 4-bit codes of its site.
+
+    Each linear stores it, unless a neighbour absorbs it; the signs of a Hadamard take none.
+    """
+    stored = 16 * rotation.numel() * len(problem.weights)
+    return problem.head_dim > 0 or stored <= 4 * sum(weight.numel() for weight in problem.weights)
 
 
 def learning_rows(problem: SiteProblem) -> torch.Tensor:
