@@ -140,7 +140,7 @@ def choose(p: _Problem) -> dict:
     few = p.t <= 2 or (p.t <= 4 and "wgmma" not in can and "skinny" not in can)
     if "gemv" in can and few:
         return {"kernel": "gemv", "rows": 4 if p.n < 2 * p.k and p.t == 1 else 2, "warps": 4, "unroll": 4}
-    if "skinny" in can and p.t <= 16 and ("wgmma" not in can or p.n * p.k < 2**25 or p.t <= 4):
+    if "skinny" in can and p.t <= 16 and ("wgmma" not in can or p.t <= (8 if p.n * p.k < 2**25 else 4)):
         ks = 8 if p.k > 8192 else 4
         return {"kernel": "skinny", "rw": 2 if ks == 8 and p.t > 8 else 1, "ks": ks, "unroll": 2 if p.t > 8 else 4}
     if "wgmma" in can:
