@@ -42,7 +42,7 @@ from torch import nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from tqcompile import ops
+from tqcompile import backend, ops
 from tqcompile.config import HEADS
 from tqcompile.methods.components import LinearSpec
 from tqcompile.methods.hadamard import random_signs, rotation_block
@@ -433,8 +433,6 @@ def timed(model: nn.Module, case: Case, options) -> dict:
 
 def implementations() -> dict[str, int]:
     """Op and implementation -> how many nodes, from the backend's latest report."""
-    from tqcompile import backend
-
     counts: dict[str, int] = {}
     for node, how in backend.reports[-1].lowered.items() if backend.reports else ():
         key = f"{re.sub('(_default)?(_[0-9]+)?$', '', node)}: {how}"

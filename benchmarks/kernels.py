@@ -152,7 +152,13 @@ class Ours:
         kept = tuple(part[some] if part.dim() == 2 else part for part in operands)
         args = self.prologue_args(w, x[some])
         found = worst_plain_prologue(kept, args[0], *args[3:7], self.act_bits, self.ratio)
-        return {**found, "y": worst_twin_gemm(y[some], *self.gemm_args(w, kept))}
+        dense = self.gemm_form(w, operands) == "dense"
+        return {**found, "y": worst_twin_gemm(y[some], *self.gemm_args(w, kept), dense=dense)}
+
+    def gemm_form(self, w: list, operands: tuple) -> str:
+        """Which of its kernels twin_gemm uses."""
+        describe = self.kernels["twin_gemm"].describe
+        return describe(*self.gemm_args(w, operands)) if describe else "reference"
 
 
 class Kernel:
@@ -162,7 +168,7 @@ class Kernel:
         from tqcompile import ops
 
         self.reference = getattr(ops, f"{op}_reference")
-        self.launch, self.unsupported = self.reference, lambda *args: None
+        self.launch, self.unsupported, self.describe = self.reference, lambda *args: None, None
         if device == "cuda":
             try:
                 module = importlib.import_module(f"tqcompile.kernels.{op}")
@@ -170,6 +176,7 @@ class Kernel:
                 self.unsupported = lambda *args, why=str(error): f"no kernel ({why})"
             else:
                 self.launch, self.unsupported = module.launch, module.unsupported
+                self.describe = getattr(module, "describe", None)
 
 
 def random_weights(n: int, k: int, rank: int, grid: bool, device: str) -> list:
@@ -218,6 +225,7 @@ def measure(name: str, tokens: tuple, options) -> list[dict]:
     for t in tokens:
         x = torch.randn(t, k, device=device, dtype=DTYPE)
         row = {"layer": name, "N": n, "K": k, "T": t, "R": options.rank, "us": {}, "error_over_bound": {}, "left": {}}
+        row["kernel"] = {}
         for form, ours in forms.items():
             reason = ours.why_not(weights, x[:1].expand(t, k).contiguous())
             if reason is not None:
@@ -225,6 +233,7 @@ def measure(name: str, tokens: tuple, options) -> list[dict]:
                 print(f"{name} T={t} {form} left out: {reason}", file=sys.stderr)
                 continue
             row["error_over_bound"][form] = found = ours.errors(weights, x)
+            row["kernel"][form] = ours.gemm_form(weights, ours.prologue(weights, x[:t]))
             if not max(found.values()) <= 1:
                 sys.exit(f"{name} T={t} {form}: an error exceeds its bound, no times are printed: {found}")
         if timed:

@@ -3,7 +3,7 @@
 ``_rows`` holds one token on chip from load to store. Few tokens: P programs share a token; each repeats its (cheap)
 norm and quantization, computes R / P values of t, and the first stores the rest. So there is one launch, nothing
 waits for another program, and the order of every sum is fixed. Many tokens: one program each, without t, and
-``_low_rank`` multiplies the stored operand with ``down`` on tensor cores.
+``low_rank`` multiplies the stored operand with ``down`` on tensor cores.
 """
 
 import contextlib
@@ -13,14 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
+from tqcompile.kernels.low_rank import run_low_rank
 from tqcompile.kernels.quantize_activation import ROTATION_BLOCKS
 from tqcompile.kernels.twin_linear import (
     INTERPRET,
     MAX_RANK,
-    _form,
     _gpu,
     _group_reason,
-    _nibbles,
     _round_to_4_bits,
     device_reason,
     round_to,
@@ -29,7 +28,7 @@ from tqcompile.kernels.twin_linear import (
 MAX_K = 32768
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _ROW_PROGRAMS = 128  # programs that fill the GPU; more would only repeat more work
-_MOST_ROWS = 64  # tokens up to which the repeated work costs less than a second launch
+_MOST_ROWS = 16  # tokens up to which the repeated work costs less than a second launch
 
 
 @triton.jit
@@ -39,10 +38,25 @@ def _load(at, mask, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _store(at, value, mask, WHOLE: tl.constexpr):
+    """WHOLE: all of it."""
+    if WHOLE:
+        tl.store(at, value)
+    else:
+        tl.store(at, value, mask=mask)
+
+
+@triton.jit
+def _flat(x):
+    """All values in one dimension, in any order: one reduction in place of two."""
+    return tl.reshape(x, [x.shape[0] * x.shape[1]], can_reorder=True)
+
+
+@triton.jit
 def _norm(x, gain, K, eps, INTERPRET: tl.constexpr):
     """RMSNorm of one token in the dtype of x, rounded where transformers rounds."""
     wide = x.to(tl.float32)
-    inverse = tl.rsqrt(tl.div_rn(tl.sum(tl.sum(wide * wide, axis=1), axis=0), K.to(tl.float32)) + eps)
+    inverse = tl.rsqrt(tl.div_rn(tl.sum(_flat(wide * wide)), K.to(tl.float32)) + eps)
     normed = round_to(wide * inverse, x.dtype, INTERPRET).to(tl.float32)
     return round_to(gain.to(tl.float32) * normed, x.dtype, INTERPRET)
 
@@ -51,7 +65,15 @@ def _norm(x, gain, K, eps, INTERPRET: tl.constexpr):
 def _gate(x, other, INTERPRET: tl.constexpr):
     """silu(x) * other in the dtype of x, rounded after each."""
     wide = x.to(tl.float32)
-    gate = round_to(tl.div_rn(wide, 1.0 + tl.exp(-wide)), x.dtype, INTERPRET).to(tl.float32)
+    if INTERPRET:
+        gate = wide / (1.0 + tl.exp(-wide))
+    else:  # x / (1 + 2^(-x log2 e)) in five instructions; tl.exp and the division spend as many on denormals
+        gate = tl.inline_asm_elementwise(
+            """{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e; add.f32 e, e, 0f3F800000;
+            rcp.approx.ftz.f32 e, e; mul.f32 $0, $1, e; }""",
+            "=f,f", [wide], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    gate = round_to(gate, x.dtype, INTERPRET).to(tl.float32)
     return round_to(gate * other.to(tl.float32), x.dtype, INTERPRET)
 
 
@@ -86,31 +108,26 @@ def _t_values(
 
 @triton.jit
 def _token(
-    token, first, x, other, gain, input_scale, turn, operand, operand_scale, q8, q8_scale, h,
+    token, first, x, other, g, s, turn, operand, operand_scale, q8, q8_scale, h,
     K, x_stride, other_stride, eps, act_ratio,
-    ROWS: tl.constexpr, COLS: tl.constexpr, EXACT: tl.constexpr, BITS: tl.constexpr, KEEP8: tl.constexpr,
-    KIND: tl.constexpr, HAS_OTHER: tl.constexpr, SCALE: tl.constexpr, ROTATE: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, EXACT: tl.constexpr, WHOLE: tl.constexpr, BITS: tl.constexpr,
+    KEEP8: tl.constexpr, KIND: tl.constexpr, HAS_OTHER: tl.constexpr, SCALE: tl.constexpr, ROTATE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Everything but t of one token, stored where ``first``. Returns its two planes (ROWS, COLS / 2) and the scale."""
+    """Everything but t of one token, stored where ``first``. Returns its two planes (ROWS, COLS / 2) and the scale.
+    g, s, turn: values of gain, input_scale and rotation. WHOLE: EXACT, and ``first`` is true."""
     half: tl.constexpr = COLS // 2
     row = tl.arange(0, ROWS)[:, None]
     at = row * COLS + tl.arange(0, COLS)[None, :]
     pair = row * half + tl.arange(0, half)[None, :]
     live = at < K
-    # All loads come first, so that they are on their way together.
     v = _load(x + token * x_stride + at, live, EXACT)
     if HAS_OTHER:
         o = _load(other + token * other_stride + at, live, EXACT)
     if KIND == "rms_norm":
-        g = _load(gain + at, live, EXACT)
-    if SCALE:
-        s = _load(input_scale + at, live, EXACT)
-
-    if KIND == "rms_norm":
         if HAS_OTHER:
             v = round_to(v.to(tl.float32) + o.to(tl.float32), x.dtype.element_ty, INTERPRET)
-            tl.store(h + token * K + at, v, mask=live & first)
+            _store(h + token * K + at, v, live & first, WHOLE)
         v = _norm(v, g, K, eps, INTERPRET)
     elif KIND == "silu_mul":
         v = _gate(v, o, INTERPRET)
@@ -128,24 +145,23 @@ def _token(
     if BITS == 16:
         v = round_to(v, x.dtype.element_ty, INTERPRET).to(tl.float32)
         even, odd = tl.split(v.reshape(ROWS, half, 2))
-        planes, store = token * K + pair, (2 * pair < K) & first
-        tl.store(operand + planes, round_to(even, x.dtype.element_ty, INTERPRET), mask=store)
-        tl.store(operand + planes + K // 2, round_to(odd, x.dtype.element_ty, INTERPRET), mask=store)
+        planes, store = token * K + pair, (pair < K // 2) & first
+        _store(operand + planes, round_to(even, x.dtype.element_ty, INTERPRET), store, WHOLE)
+        _store(operand + planes + K // 2, round_to(odd, x.dtype.element_ty, INTERPRET), store, WHOLE)
     else:
-        top = tl.max(tl.max(tl.abs(v), axis=1), axis=0)
-        scale = tl.div_rn(tl.maximum(top, 1e-30), 127.0)
-        # Adding and taking away 1.5 * 2**23 rounds to integers, ties to even.
-        q = (tl.div_rn(v, scale) + 12582912.0) - 12582912.0
-        q = tl.minimum(tl.maximum(q, -127.0), 127.0).to(tl.int32)
+        scale = tl.div_rn(tl.maximum(tl.max(_flat(tl.abs(v))), 1e-30), 127.0)
+        # One division a token, not one a value: off by an ulp, as a sum in another order is. Adding 1.5 * 2**23
+        # leaves the integer, rounded to nearest even, in the low bits. No value exceeds 127.
+        q = (v * tl.div_rn(1.0, scale) + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
         even, odd = tl.split(q.reshape(ROWS, half, 2))
-        planes, store = token * K + pair, (2 * pair < K) & first
+        planes, store = token * K + pair, (pair < K // 2) & first
         if BITS == 8 or KEEP8:
-            tl.store(q8 + planes, even.to(tl.int8), mask=store)
-            tl.store(q8 + planes + K // 2, odd.to(tl.int8), mask=store)
+            _store(q8 + planes, even.to(tl.int8), store, WHOLE)
+            _store(q8 + planes + K // 2, odd.to(tl.int8), store, WHOLE)
             tl.store(q8_scale + token, scale, mask=first)
         if BITS == 4:
-            tl.store(operand + planes, _round_to_4_bits(even, act_ratio, INTERPRET), mask=store)
-            tl.store(operand + planes + K // 2, _round_to_4_bits(odd, act_ratio, INTERPRET), mask=store)
+            _store(operand + planes, _round_to_4_bits(even, act_ratio, INTERPRET), store, WHOLE)
+            _store(operand + planes + K // 2, _round_to_4_bits(odd, act_ratio, INTERPRET), store, WHOLE)
             tl.store(operand_scale + token, tl.div_rn(scale, act_ratio), mask=first)
     return even, odd, scale
 
@@ -160,28 +176,34 @@ def _rows(
     INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """RP > 0: program p of the P of a token computes RP values of t from p * RP on, STEP at a time.
-    RP 0: a program takes one token after another, so that the rotation is read once."""
-    turn = rotation
+    RP 0: one token a program, without t."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()  # twin_gemm may start; it waits by itself for what is stored here
+    row = tl.arange(0, ROWS)[:, None]
+    at = row * COLS + tl.arange(0, COLS)[None, :]
+    # What is asked for before the token is there when the token has been reduced.
     if RP > 0:
         token = (tl.program_id(0) // P).to(tl.int64)
         part = tl.program_id(0) % P
-        row = tl.arange(0, ROWS)[:, None]
         pair = row * (COLS // 2) + tl.arange(0, COLS // 2)[None, :]  # a pair of channels is one byte of down
         r = part * RP + tl.arange(0, STEP)[:, None, None]
         d_at = down + r * (K // 2) + pair[None, :, :]
-        d_live = (2 * pair < K)[None, :, :]
-        # Asked for before the token, so that it is there when the token is quantized.
+        d_live = (pair < K // 2)[None, :, :]
         d = tl.load(d_at, mask=d_live & (r < R), other=0)
-        if ROTATE:
-            turn = tl.load(rotation + tl.arange(0, COLS)[:, None] * COLS + tl.arange(0, COLS)[None, :])
-        if PDL:
-            tl.extra.cuda.gdc_wait()  # x comes from the kernel before; down and the rotation do not
+    g, s, turn = gain, input_scale, rotation
+    if KIND == "rms_norm":
+        g = _load(gain + at, at < K, EXACT)
+    if SCALE:
+        s = _load(input_scale + at, at < K, EXACT)
+    if ROTATE:
+        turn = tl.load(rotation + tl.arange(0, COLS)[:, None] * COLS + tl.arange(0, COLS)[None, :])
+    if PDL:
+        tl.extra.cuda.gdc_wait()  # x comes from the kernel before; weights, gains and the rotation do not
+    if RP > 0:
         even, odd, scale = _token(
-            token, part == 0, x, other, gain, input_scale, turn, operand, operand_scale, q8, q8_scale, h,
+            token, part == 0, x, other, g, s, turn, operand, operand_scale, q8, q8_scale, h,
             K, x_stride, other_stride, eps, act_ratio,
-            ROWS, COLS, EXACT, BITS, KEEP8, KIND, HAS_OTHER, SCALE, ROTATE, INTERPRET,
+            ROWS, COLS, EXACT, False, BITS, KEEP8, KIND, HAS_OTHER, SCALE, ROTATE, INTERPRET,
         )  # fmt: skip
         s_live = (row * COLS < K)[None, :, :] if GROUP % COLS == 0 else d_live
         for i in tl.range(0, RP, STEP, num_stages=1):
@@ -195,58 +217,11 @@ def _rows(
             value = round_to(value, t.dtype.element_ty, INTERPRET)
             tl.store(t + token * R + _in_planes(r + i, R), value, mask=r + i < R)
     else:
-        if ROTATE:
-            turn = tl.load(rotation + tl.arange(0, COLS)[:, None] * COLS + tl.arange(0, COLS)[None, :])
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        start = tl.program_id(0).to(tl.int64)
-        for i in tl.range(0, tl.cdiv(T - tl.program_id(0), tl.num_programs(0)), num_stages=1):
-            token = start + i * tl.num_programs(0)
-            _token(
-                token, token >= 0, x, other, gain, input_scale, turn, operand, operand_scale,
-                q8, q8_scale, h, K, x_stride, other_stride, eps, act_ratio,
-                ROWS, COLS, EXACT, BITS, KEEP8, KIND, HAS_OTHER, SCALE, ROTATE, INTERPRET,
-            )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["T"])
-def _low_rank(
-    x, x_scale, down, down_scale, t, T, K, R, factor,
-    GROUP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr,
-    INT: tl.constexpr, FORM: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """t (T, R) of operands x (T, K), int8 or floating; both in plane order. Transposed: t^T = D x^T."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    r, byte = tl.arange(0, RP), tl.arange(0, BK // 2)
-    m_live, r_live = m < T, r < R
-    x_row = x + m.to(tl.int64)[:, None] * K
-    d_at = down + r[:, None] * (K // 2) + byte[None, :]
-    ds_at = down_scale + r * (K // GROUP)
-    acc = tl.zeros((RP, BM), tl.float32)
-    for step in tl.range(0, K // BK):
-        d = tl.load(d_at + step * (BK // 2), mask=r_live[:, None], other=0)
-        ds = tl.load(ds_at + step * BK // GROUP, mask=r_live, other=0.0).to(tl.float32)
-        even_at = x_row + step * (BK // 2) + byte[None, :]
-        even = tl.load(even_at, mask=m_live[:, None], other=0)
-        odd = tl.load(even_at + K // 2, mask=m_live[:, None], other=0)
-        if INTERPRET and not INT:
-            even, odd = even.to(tl.float32), odd.to(tl.float32)  # the interpreter's bf16 dot is wrong
-        low, high = _nibbles(d.to(tl.int8, bitcast=True), FORM)
-        if INT:
-            part = tl.dot(low, even.T, out_dtype=tl.int32)
-            part = tl.dot(high, odd.T, acc=part, out_dtype=tl.int32).to(tl.float32)
-        else:
-            part = tl.dot(low, even.T, input_precision="ieee")
-            part = tl.dot(high, odd.T, acc=part, input_precision="ieee")
-        acc += part * ds[:, None]
-    if INT:
-        acc *= (tl.load(x_scale + m, mask=m_live, other=0.0) * factor)[None, :]
-    live = m_live[None, :] & r_live[:, None]
-    at = t + m.to(tl.int64)[None, :] * R + _in_planes(r, R)[:, None]
-    tl.store(at, round_to(acc, t.dtype.element_ty, INTERPRET), mask=live)
+        _token(
+            tl.program_id(0).to(tl.int64), True, x, other, g, s, turn, operand, operand_scale, q8, q8_scale, h,
+            K, x_stride, other_stride, eps, act_ratio,
+            ROWS, COLS, EXACT, EXACT, BITS, KEEP8, KIND, HAS_OTHER, SCALE, ROTATE, INTERPRET,
+        )  # fmt: skip
 
 
 class Plan(NamedTuple):
@@ -281,23 +256,21 @@ def unsupported(x, other, gain, input_scale, rotation, down, down_scale, kind, e
     reason = device_reason(x.device)
     if reason:
         return reason
-    tensors = (other, gain, input_scale, rotation, down, down_scale)
-    if any(a is not None and a.device != x.device for a in tensors):
+    if any(a is not None and a.device != x.device for a in (other, gain, input_scale, rotation, down, down_scale)):
         return "all tensors must be on one device"
     if x.dtype not in _FLOATS or x.dim() == 0:
         return f"x must be float32, float16 or bfloat16 with a last dimension, got {x.dtype}"
     k = x.shape[-1]
     if k == 0 or k % 2 or k > MAX_K:
         return f"K must be even and at most {MAX_K}, got {k}"
-    if any(a is not None and a.dtype != x.dtype for a in (other, gain)):
-        return "other and gain must have the dtype of x"
-    if (gain is not None and gain.shape != (k,)) or (other is not None and other.shape != x.shape):
-        return f"gain must be ({k},) and other of the shape of x"
+    for name, value, shape in (("other", other, x.shape), ("gain", gain, (k,))):
+        if value is not None and (value.dtype != x.dtype or value.shape != shape):
+            return f"{name} must be {tuple(shape)} of the dtype of x, got {value.dtype} {tuple(value.shape)}"
     if input_scale is not None and (input_scale.shape != (k,) or input_scale.dtype not in _FLOATS):
         return f"input_scale must be ({k},) floating point, got {tuple(input_scale.shape)}"
     if rotation is not None:
-        b = rotation.shape[0] if rotation.dim() == 2 and rotation.shape[0] == rotation.shape[1] else 0
-        if b not in ROTATION_BLOCKS or k % b or not rotation.is_floating_point():
+        b = rotation.shape[0]
+        if b not in ROTATION_BLOCKS or k % b or rotation.shape != (b, b) or not rotation.is_floating_point():
             return f"rotation must be (b, b), b in {ROTATION_BLOCKS} dividing K={k}, got {tuple(rotation.shape)}"
         if x.dtype == torch.float32:
             return "a float32 rotation does not run on tensor cores"
@@ -353,37 +326,19 @@ def _run(
     dependent = x.is_cuda and _gpu(x.device.index).major >= 9
     launch_options = {"launch_pdl": True} if dependent else {}
     nothing = x  # stands for tensors that are not read
-    programs = tokens * plan.parts if plan.ranks else min(tokens, _sms(x) * max(1, 32 // plan.warps))
-    _rows[(programs,)](
+    _rows[(tokens * plan.parts,)](
         x, nothing if other is None else other, nothing if gain is None else gain.contiguous(),
         nothing if input_scale is None else input_scale.contiguous(),
         nothing if rotation is None else rotation.to(x.dtype).contiguous(),
         down if rank else nothing, down_scale if rank else nothing,
         operand, operand_scale, q8, q8_scale, t, h,
         tokens, k, rank, x.stride(0), 0 if other is None else other.stride(0), float(eps), float(act_ratio),
-        P=plan.parts, RP=plan.ranks, STEP=plan.step, GROUP=group, ROWS=plan.rows, COLS=plan.columns,
-        EXACT=plan.rows * plan.columns == k,
+        P=plan.parts, RP=plan.ranks, STEP=plan.step, GROUP=group,
+        ROWS=plan.rows, COLS=plan.columns, EXACT=plan.rows * plan.columns == k,
         BITS=act_bits, KEEP8=apart, KIND=kind, HAS_OTHER=other is not None,
         SCALE=input_scale is not None, ROTATE=rotation is not None, INTERPRET=INTERPRET, PDL=dependent,
         num_warps=plan.warps, **launch_options,
     )  # fmt: skip
     if apart:
-        _run_low_rank(q8, q8_scale, down, down_scale, t, dependent)
-
-
-def _sms(x: torch.Tensor) -> int:
-    return _gpu(x.device.index).multi_processor_count if x.is_cuda else 2
-
-
-def _run_low_rank(x, x_scale, down, down_scale, t, dependent: bool) -> None:
-    tokens, k, rank = x.numel() // x.shape[-1], x.shape[-1], down.shape[0]
-    group = k // down_scale.shape[1]
-    wide = x.dtype == torch.float32  # no tensor core
-    step = min(32 if wide else 128, group & -group)
-    tile = 16 if wide or tokens < 4096 else 32 if tokens < 8192 else 64
-    _low_rank[(-(-tokens // tile),)](
-        x, x_scale, down, down_scale, t, tokens, k, rank, 1 / 16,  # int8 weights enter the dot as 16 * q
-        GROUP=group, BM=tile, BK=step, RP=max(32, triton.next_power_of_2(rank)),
-        INT=x.dtype == torch.int8, FORM=_form(x.dtype), INTERPRET=INTERPRET, PDL=dependent,
-        num_warps=4, num_stages=4, **({"launch_pdl": True} if dependent else {}),
-    )  # fmt: skip
+        sms = _gpu(x.device.index).multi_processor_count if x.is_cuda else 16
+        run_low_rank(q8, q8_scale, down, down_scale, t, sms, dependent)

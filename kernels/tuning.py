@@ -113,8 +113,8 @@ def _config_for(op: str, gpu: str, n: int, k: int, t: int, form: str) -> Mapping
 
 
 def lookup(key: TuneKey) -> Mapping | None:
-    """Measured for this very shape, else shipped for its class. Of several numbers of tokens: the next larger, else
-    the largest."""
+    """Measured for this very shape, else shipped for its class. Of several numbers of tokens: the next larger, if
+    it is at most twice as large."""
     *measured, _ = key.path
     found = _nearest(_descend(_measured(), measured), key.t)
     if found is None:
@@ -228,7 +228,7 @@ def _descend(entries: dict, path: Iterable[str]) -> dict:
 
 
 def _nearest(by_tokens: dict, t: int) -> dict | None:
+    """The entry of the next larger number of tokens, at most twice as many: further away the best form is another."""
     tuned = sorted(int(text) for text, found in by_tokens.items() if text.isdigit() and "config" in found)
-    if not tuned:
-        return None
-    return by_tokens[str(next((tokens for tokens in tuned if tokens >= t), tuned[-1]))]
+    near = [tokens for tokens in tuned if t <= tokens <= 2 * t]
+    return by_tokens[str(near[0])] if near else None

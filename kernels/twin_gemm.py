@@ -12,6 +12,7 @@ caller, from the table of measured ones (tuning.py), or from the rule in :func:`
 
 import contextlib
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -197,14 +198,9 @@ def launch(
     if y.numel() == 0:
         return y
     p = _Problem(operand, t, residual, residual_scale, channel_scale, up_scale, dtype)
-    if config is None and operand.is_cuda:
-        form = form_of(operand.dtype, p.grid, p.group, p.r)
-        config = config_for("twin_gemm", gpu_name(p.index or 0), p.n, p.k, p.t, form)
-        if config is not None and config["kernel"] not in p.kernels():
-            config = None  # measured for another problem of the same class
-    elif config is not None and config["kernel"] not in p.kernels():
+    if config is not None and config["kernel"] not in p.kernels():
         raise ValueError(f"twin_gemm: kernel {config['kernel']!r} cannot run this problem; possible: {p.kernels()}")
-    config = config or choose(p)
+    config = config or _configuration(p)
     addend = None if addend is None else addend.contiguous()
     run = {"gemv": _run_gemv, "skinny": _run_skinny, "wgmma": _run_wgmma, "dense": _run_dense, "tile": _run_tile}
     with torch.cuda.device(operand.device) if operand.is_cuda else contextlib.nullcontext():
@@ -217,7 +213,17 @@ def launch(
 def describe(*args) -> str:
     """The name of the kernel that :func:`launch` uses for these arguments of ``tqcompile::twin_gemm``."""
     operand, _, t, residual, residual_scale, channel_scale, _, up_scale, _, _, dtype = args
-    return choose(_Problem(operand, t, residual, residual_scale, channel_scale, up_scale, dtype))["kernel"]
+    return _configuration(_Problem(operand, t, residual, residual_scale, channel_scale, up_scale, dtype))["kernel"]
+
+
+def _configuration(p: _Problem) -> Mapping:
+    """What was measured for the problem or its class, where that can run it; else what the rule says."""
+    if p.index is not None:
+        form = form_of(p.operand, p.grid, p.group, p.r)
+        found = config_for("twin_gemm", gpu_name(p.index), p.n, p.k, p.t, form)
+        if found is not None and found["kernel"] in p.kernels():
+            return found
+    return choose(p)
 
 
 def _dependent(p: _Problem) -> bool:
@@ -269,14 +275,16 @@ def _run_wgmma(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bia
         counters = split_counters(y.device, 2 * tiles)
     half = p.r // 2 if p.r else 32
     t2 = y2.new_empty(bm, half) if t is None else t.view(-1, p.r)
+    added = y2 if addend is None else addend.to(y.dtype).view(-1, p.n)
     registers = {} if ctas == 1 else {"maxnreg": {2: 80, 3: 56}[ctas]}
     twin_wgmma[(programs,)](
         TensorDescriptor.from_tensor(w.view(torch.int8), [64, 64], _shared(64, 8)),
         TensorDescriptor.from_tensor(x, [bm, 64], _shared(64, 8)),
         TensorDescriptor.from_tensor(t2, [bm, half], _shared(2 * half, 16)),
         TensorDescriptor.from_tensor(y2, [bm // pieces, 64], _shared(128, 16)),
+        TensorDescriptor.from_tensor(added, [bm // pieces, 64], _shared(128, 16)),
         scale, channel, x_scale, w if up is None else up, scale if up is None else up_scale,
-        _or(bias, y), _or(addend, y), partials, counters, p.t, p.n, p.k,
+        _or(bias, y), partials, counters, p.t, p.n, p.k,
         BM=bm, STAGES=stages, GROUP_STEPS=p.group // 128, R=p.r, SPLIT=splits > 1,
         HAS_BIAS=bias is not None, HAS_ADDEND=addend is not None, PIECES=pieces,
         REGISTERS={1: 240, 2: 104, 3: 72}[ctas], PDL=_dependent(p),

@@ -142,10 +142,10 @@ def _add_parts(acc, tile, steps, tiles, partials, counter, HALF: gl.constexpr, B
 
 @gluon.jit
 def _multiply(
-    HALF: gl.constexpr, y_desc, ws, xs, ts, ys, full, empty, t_full, t_empty,
-    scale, channel, x_scale, up, up_scale, bias, addend, partials, counters, T, N, K,
+    HALF: gl.constexpr, y_desc, a_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, a_full,
+    scale, channel, x_scale, up, up_scale, bias, partials, counters, T, N, K,
     BM: gl.constexpr, STAGES: gl.constexpr, GROUP_STEPS: gl.constexpr, R: gl.constexpr, SPLIT: gl.constexpr,
-    HAS_BIAS: gl.constexpr, HAS_ADDEND: gl.constexpr, PIECES: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_ADDEND: gl.constexpr, PIECES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: rows HALF * 64 .. of every tile."""
     WIDTH: gl.constexpr = BM if BM < 128 else 128  # of one instruction
@@ -158,9 +158,13 @@ def _multiply(
     steps, tiles_n, tiles_m = K // 128, (N + ROWS - 1) // ROWS, (T + BM - 1) // BM
     groups = steps // GROUP_STEPS
     first, last, parts = _share(tiles_n * tiles_m, steps, SPLIT)
-    y_own = ys.index(HALF)
+    y_own, a_bar = ys.index(HALF), a_full.index(HALF)
     slot = 0
     phase = 0
+    a_phase = 0
+    if PDL:
+        if HAS_ADDEND:
+            grid_wait(T)
     for i in range(parts):
         tile, begin, end = _part(i, steps, first, last, SPLIT)
         n_tile, m0 = _tile(tile, tiles_n, tiles_m, BM)
@@ -178,6 +182,13 @@ def _multiply(
             up_byte = gl.arange(0, R // 2, gl.SliceLayout(0, weights16))
             up_at = up + gl.expand_dims(up_row * (R // 2), 1) + gl.expand_dims(up_byte, 0)
             u = gl.load(up_at).to(gl.int8, bitcast=True)
+
+        if HAS_ADDEND:
+            # The addend's first piece waits where y will stand; the store of the tile before has been read by now.
+            tma.store_wait(0)
+            gl.thread_barrier()
+            mbarrier.expect(a_bar, BM // PIECES * 64 * 2)
+            tma.async_copy_global_to_shared(a_desc, [m0, n0], a_bar, y_own)
 
         s = gl.load(scale_at + begin // GROUP_STEPS)
         s_next = gl.load(scale_at + gl.minimum(begin + 1, steps - 1) // GROUP_STEPS)
@@ -221,19 +232,29 @@ def _multiply(
                 y = acc.to(gl.float32) * gl.expand_dims(c, 1) * x_s
             if HAS_BIAS:
                 y += gl.expand_dims(gl.load(bias + n_safe).to(gl.float32), 1)
-            if HAS_ADDEND:
-                live = gl.expand_dims(m < T, 0) & gl.expand_dims(n < N, 1)
-                at = gl.expand_dims(m.to(gl.int64) * N, 0) + gl.expand_dims(n, 1)
-                y += gl.load(addend + at, mask=live, other=0.0).to(gl.float32)
-            y = y.to(out)
             pieces = (y,) if PIECES == 1 else gl.split(gl.permute(gl.reshape(y, [64, 2, BM // 2]), (0, 2, 1)))
             for j in gl.static_range(PIECES):
-                tma.store_wait(0)
-                gl.thread_barrier()
-                y_own.permute((1, 0)).store(pieces[j])
+                piece = pieces[j]
+                if HAS_ADDEND:
+                    if j > 0:
+                        tma.store_wait(0)
+                        gl.thread_barrier()
+                        mbarrier.expect(a_bar, BM // PIECES * 64 * 2)
+                        tma.async_copy_global_to_shared(a_desc, [m0 + j * (BM // PIECES), n0], a_bar, y_own)
+                    mbarrier.wait(a_bar, a_phase)
+                    a_phase ^= 1
+                    piece += y_own.permute((1, 0)).load(piece.type.layout).to(gl.float32)
+                    gl.thread_barrier()
+                else:
+                    tma.store_wait(0)
+                    gl.thread_barrier()
+                y_own.permute((1, 0)).store(piece.to(out))
                 fence_async_shared()
                 gl.thread_barrier()
                 tma.async_copy_shared_to_global(y_desc, [m0 + j * (BM // PIECES), n0], y_own)
+        elif HAS_ADDEND:
+            mbarrier.wait(a_bar, a_phase)
+            a_phase ^= 1
         if R > 0:
             mbarrier.arrive(t_empty, count=1)
     tma.store_wait(0)
@@ -241,14 +262,15 @@ def _multiply(
 
 @gluon.jit(do_not_specialize=["T"])
 def twin_wgmma(
-    w_desc, x_desc, t_desc, y_desc, scale, channel, x_scale, up, up_scale, bias, addend, partials, counters, T, N, K,
+    w_desc, x_desc, t_desc, y_desc, a_desc, scale, channel, x_scale, up, up_scale, bias, partials, counters, T, N, K,
     BM: gl.constexpr, STAGES: gl.constexpr, GROUP_STEPS: gl.constexpr, R: gl.constexpr, SPLIT: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_ADDEND: gl.constexpr, PIECES: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 128 rows times BM tokens; y goes out in PIECES. GROUP_STEPS steps of 128 channels share a scale.
 
     Descriptors: packed weights (N, K/2) int8 in boxes (64, 64); x (T, K) int8 planes in (BM, 64); t (T, R) planes in
-    (BM, R/2); y (T, N) in (BM / PIECES, 64). partials: 4 * 64 * BM int32 a program; counters: 2 a tile, zero.
+    (BM, R/2); y and the addend (T, N) in (BM / PIECES, 64). partials: 4 * 64 * BM int32 a
+    program; counters: 2 a tile, zero.
     REGISTERS: of a thread of the second warpgroup; the first gets what is left.
     """
     out: gl.constexpr = y_desc.dtype
@@ -258,11 +280,14 @@ def twin_wgmma(
     ts = gl.allocate_shared_memory(out, [2, BM if R > 0 else 8, R // 2 if R > 0 else 32], t_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    a_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     t_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     t_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(a_full.index(i), count=1)
     mbarrier.init(t_full, count=1)
     mbarrier.init(t_empty, count=2)
     fence_async_shared()
@@ -271,12 +296,12 @@ def twin_wgmma(
     # fmt: off
     gl.warp_specialize(
         [
-            (_multiply, (0, y_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, scale, channel, x_scale, up, up_scale,
-                         bias, addend, partials, counters, T, N, K, BM, STAGES, GROUP_STEPS, R, SPLIT, HAS_BIAS,
-                         HAS_ADDEND, PIECES)),
-            (_multiply, (1, y_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, scale, channel, x_scale, up, up_scale,
-                         bias, addend, partials, counters, T, N, K, BM, STAGES, GROUP_STEPS, R, SPLIT, HAS_BIAS,
-                         HAS_ADDEND, PIECES)),
+            (_multiply, (0, y_desc, a_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, a_full, scale, channel,
+                         x_scale, up, up_scale, bias, partials, counters, T, N, K, BM, STAGES, GROUP_STEPS, R, SPLIT,
+                         HAS_BIAS, HAS_ADDEND, PIECES, PDL)),
+            (_multiply, (1, y_desc, a_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, a_full, scale, channel,
+                         x_scale, up, up_scale, bias, partials, counters, T, N, K, BM, STAGES, GROUP_STEPS, R, SPLIT,
+                         HAS_BIAS, HAS_ADDEND, PIECES, PDL)),
             (_copy_tiles, (w_desc, x_desc, t_desc, ws, xs, ts, full, empty, t_full, t_empty, T, N, K, BM, STAGES, R,
                            SPLIT, PDL)),
         ],

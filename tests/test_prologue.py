@@ -101,7 +101,8 @@ def test_wrong_arguments_are_refused_while_tracing(change, message):
 
 
 pytest.importorskip("triton")
-from tqcompile.kernels import prologue as kernel  # noqa: E402  (only where Triton is)
+from tqcompile.kernels import low_rank  # noqa: E402  (only where Triton is)
+from tqcompile.kernels import prologue as kernel  # noqa: E402
 
 interpreted = pytest.mark.skipif(not kernel.INTERPRET, reason="a GPU is used: see tests/gpu")
 
@@ -133,6 +134,8 @@ def test_the_kernel_is_within_its_bound(t, k, rank, group, block, scaled, kind, 
 def test_every_plan_gives_the_same_integers():
     args = random_prologue_args(3, 256, 16, 64, 64, False, "rms_norm", True, BF16, 8, seed=3)
     results = [run(*args, plan=kernel.Plan(parts, ranks, 1, 16, 64, 4)) for parts, ranks in ((1, 16), (8, 2), (1, 0))]
+    results.append(run(*args, plan=kernel.Plan(1, 0, 1, 16, 64, 4)))  # the counters of the first are clean again
+    assert torch.equal(results[3][2], results[2][2])
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result[:2], results[0][:2], strict=True))
         assert worst_prologue(result, args) <= 1
@@ -179,6 +182,10 @@ def test_refusals_name_the_reason():
 
 
 def test_a_plan_fits_every_shape():
+    for tiles in (1, 5, 128, 600):
+        for steps in (1, 3, 32, 112):
+            assert 1 <= low_rank.choose_splits(tiles, steps, 132) <= steps
+    assert low_rank.choose_splits(8, 112, 132) * 8 >= 64  # 128 tokens of a down projection keep most of a GPU busy
     for t in (1, 2, 5, 16, 17, 64, 65, 512, 8192):
         for k, group in ((64, 32), (96, 96), (4096, 128), (14336, 128), (28672, 256)):
             for rank in (0, 2, 48, 64, 128):

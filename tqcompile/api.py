@@ -5,6 +5,7 @@ check -> load data -> capture and analyse -> per block (quantize_unit.py): calib
 """
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,6 +64,7 @@ def compile(
     model.requires_grad_(False)
     _mark(model, config, report)
     if backend == "twinquant" or (backend == "auto" and device_of(model).type == "cuda"):
+        importlib.import_module("tqcompile.backend")  # a checkout that is not installed has no entry point
         # What was left alone here stays as it is, also in fragments that a graph break cuts off.
         model.compile(backend="twinquant", dynamic=True, options={"quantize": False})
     return model
