@@ -18,6 +18,7 @@ LAYERS = (
     ("methods", "ops", "data", "progress", "evaluate"),
     ("passes", "kernels", "recipes"),
     ("calibration", "modules", "reporting", "checkpoint", "output_head", "block_tuning"),
+    ("quantize_unit",),
     ("api", "backend", "hf", "exporters"),
     ("demo", "tuner", "cli", "__main__"),
 )

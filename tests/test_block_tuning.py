@@ -193,7 +193,7 @@ def test_a_failure_while_tuning_puts_everything_back(monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr("tqcompile.api.tune_block", fails)
+    monkeypatch.setattr("tqcompile.quantize_unit.tune_block", fails)
     with pytest.raises(KeyboardInterrupt):
         tqcompile.compile(model, tokens(), scheme="twin-w4a8", **{**SETTINGS, "tune": 3})
     assert_unchanged(model, before)
