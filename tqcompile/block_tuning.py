@@ -1,8 +1,8 @@
 """Block tuning: a quantized decoder block is adjusted until its output is that of the full-precision block.
 
 Input: what the quantized blocks before it give; target: what the full-precision model has behind the block. Tuned are
-the scales of the low-rank factors, biases, the clip of 4-bit activations and the block's other vectors (gains and biases
-of norms). Codes, scales of the residual and transforms stay; LR_CODES > 0 tunes codes too, straight through rounding.
+the scales of the low-rank factors, biases, the clip of 4-bit activations and the block's other vectors (gains and
+biases of norms). Codes, scales of the residual and transforms stay; LR_CODES > 0 tunes codes too, straight through.
 Everything is computed in float32, whatever the model's dtype.
 """
 
