@@ -33,6 +33,7 @@ OUTLIER_CHANNELS, OUTLIER_FACTOR = 4, 30.0
 ABLATIONS = {
     "everything": {},
     "no learned rotation": {"constants": {"learn.LR_ROTATION": 0.0}},
+    "rotation learned at every site": {"constants": {"select.ROTATION_BUDGET": float("inf")}},
     "no learned scale": {"constants": {"learn.LR_SCALE": 0.0}},
     "no learned clips": {"constants": {"learn.LR_CLIP": 0.0}},
     "V fixed at the SVD": {"constants": {"learn.LR_FRAME": 0.0}},
@@ -87,9 +88,12 @@ def inject_outliers(model, seed: int) -> None:
 
 def coarse_low_rank() -> None:
     """Let the low-rank branch of 4-bit activations read the residual's 4 bits, in learning and in the layer."""
-    from tqcompile.methods import learn, select, twin
-    from tqcompile.ops import twin_linear as op
+    import importlib
 
+    from tqcompile import block_tuning
+    from tqcompile.methods import learn, select, twin
+
+    op = importlib.import_module("tqcompile.ops.twin_linear")  # the package's attribute of that name is the op
     exact, operands, fake = op.twin_linear_reference, twin.quantized_operands, learn.fake_quantize_activation
 
     def reference(x, x_scale, *rest):
@@ -106,6 +110,7 @@ def coarse_low_rank() -> None:
     twin.quantized_operands = select.quantized_operands = coarse_only
     # The objective asks for 8 bits in the low-rank branch only where the residual reads 4.
     learn.fake_quantize_activation = lambda x, bits, clip=0.85: fake(x, 4, clip)
+    block_tuning.fake_quantize_activation = learn.fake_quantize_activation
 
 
 def apply_variant(variant: str, method: str) -> dict:

@@ -1,8 +1,8 @@
 """Block tuning: a quantized decoder block is adjusted until its output is that of the full-precision block.
 
 Input: what the quantized blocks before it give; target: what the full-precision model has behind the block. Tuned are
-the 4-bit codes (straight through their rounding), the scales of the low-rank factors, biases, the clip of 4-bit
-activations and the block's other vectors (gains and biases of norms). Scales of the residual and transforms stay.
+the scales of the low-rank factors, biases, the clip of 4-bit activations and the block's other vectors (gains and
+biases of norms). Codes, scales of the residual and transforms stay; LR_CODES > 0 tunes codes too, straight through.
 Everything is computed in float32, whatever the model's dtype.
 """
 
@@ -21,7 +21,8 @@ from tqcompile.methods.rounding import QMAX, QMIN, storable
 from tqcompile.ops.packing import pack_int4, unpack_int4
 from tqcompile.ops.quantize_activation import transform_activation
 
-LR_CODES = 0.02  # in steps of the integer grid
+# In steps of the integer grid. Codes that move cost most of the time and memory, and made held-out errors larger.
+LR_CODES = 0.0
 LR_SCALE = 2e-3  # relative
 LR_VECTOR = 1e-3  # relative to the vector's largest entry
 LR_CLIP = 5e-3
@@ -33,7 +34,7 @@ class _Codes(nn.Module):
 
     def __init__(self, packed: torch.Tensor, scale: torch.Tensor, scaled: bool):
         super().__init__()
-        self.codes = nn.Parameter(unpack_int4(packed).float())
+        self.codes = nn.Parameter(unpack_int4(packed).float(), requires_grad=LR_CODES > 0)
         self.scale = scale.float()
         self.log_factor = nn.Parameter(torch.zeros_like(self.scale)) if scaled else None
 
@@ -172,7 +173,8 @@ def tune_block(
 
 def _named(tunable: dict[str, TunableLinear], leaf: str) -> list[nn.Parameter]:
     """The parameters of that name, each once."""
-    found = {id(p): p for m in tunable.values() for n, p in m.named_parameters() if n.endswith(leaf)}
+    named = [item for module in tunable.values() for item in module.named_parameters()]
+    found = {id(p): p for name, p in named if name.endswith(leaf) and p.requires_grad}
     return list(found.values())
 
 

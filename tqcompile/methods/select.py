@@ -21,6 +21,8 @@ from tqcompile.ops.packing import dequantize_int4
 
 # Up to this many channels a step on rows with the Hessian of all tokens costs no more than one on a sample.
 HESSIAN_CHANNELS = 1024
+# A learned rotation may take this share of the room of its site's 4-bit codes.
+ROTATION_BUDGET = 1.0
 
 
 @dataclasses.dataclass
@@ -99,12 +101,12 @@ def learn_transform(
 
 
 def _affordable(problem: SiteProblem, rotation: torch.Tensor) -> bool:
-    """Whether a learned rotation takes no more room than the 4-bit codes of its site.
+    """Whether a learned rotation keeps to ROTATION_BUDGET.
 
     Each linear stores it, unless a neighbour absorbs it; the signs of a Hadamard take none.
     """
     stored = 16 * rotation.numel() * len(problem.weights)
-    return problem.head_dim > 0 or stored <= 4 * sum(weight.numel() for weight in problem.weights)
+    return problem.head_dim > 0 or stored <= ROTATION_BUDGET * 4 * sum(w.numel() for w in problem.weights)
 
 
 def learning_rows(problem: SiteProblem) -> torch.Tensor:
