@@ -49,3 +49,7 @@ class QuantizedLinear:
 
     spec: LinearSpec
     tensors: dict[str, torch.Tensor]
+
+    def __post_init__(self) -> None:
+        # Files and kernels take whole rows; a factor that was a transposed matrix packs to a transposed one.
+        self.tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
