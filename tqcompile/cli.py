@@ -29,7 +29,7 @@ def _root(
 def demo(
     json: Annotated[Path | None, typer.Option(help="Also write the table's numbers to this file.")] = None,
 ) -> None:
-    """Quantize the embedded model with every method and compare; about two minutes on two CPU cores."""
+    """Quantize the embedded model with every method and compare; about three minutes on two CPU cores."""
     if json is not None and not json.parent.is_dir():
         raise typer.BadParameter(f"{json.parent} is not a directory", param_hint="--json")
     from tqcompile.demo.run import run
