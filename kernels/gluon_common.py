@@ -1,7 +1,13 @@
-"""What the Gluon kernels share: programmatic dependent launch."""
+"""What the Gluon kernels share: loads at the edge of a tensor, and programmatic dependent launch."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def load_live(at, live, MASKED: gl.constexpr):
+    """Values at pointers; MASKED: only some of them exist, and the others read 0."""
+    return gl.load(at, mask=live, other=0) if MASKED else gl.load(at)
 
 
 @gluon.jit

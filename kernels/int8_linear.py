@@ -12,9 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tqcompile.kernels.twin_linear import INTERPRET, device_reason, round_to
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+from tqcompile.kernels.twin_linear import FLOATS, INTERPRET, device_reason, round_to
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -69,14 +67,14 @@ def unsupported(x, weight, weight_scale, bias) -> str | None:
     reason = device_reason(x.device)
     if reason is not None:
         return reason
-    if x.dtype not in _FLOATS:
+    if x.dtype not in FLOATS:
         return f"x is {x.dtype}, not float32, float16 or bfloat16"
     if weight.dim() != 2 or weight_scale.dim() != 2 or weight.dtype != torch.int8:
         return f"weight must be 2-D int8 with 2-D scales, got {weight.dtype} {tuple(weight.shape)}"
     k, groups = weight.shape[1], weight_scale.shape[1]
     if k % groups or (k // groups) % 32:
         return f"groups of K / {groups} with K = {k} are no multiple of 32"
-    if any(a.dtype not in _FLOATS for a in (weight_scale, bias) if a is not None):
+    if any(a.dtype not in FLOATS for a in (weight_scale, bias) if a is not None):
         return "scales and bias must be float32, float16 or bfloat16"
     return None
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from tqcompile.kernels.low_rank import run_low_rank
 from tqcompile.kernels.quantize_activation import ROTATION_BLOCKS
 from tqcompile.kernels.twin_linear import (
+    FLOATS,
     INTERPRET,
     MAX_RANK,
     _gpu,
@@ -26,7 +27,6 @@ from tqcompile.kernels.twin_linear import (
 )
 
 MAX_K = 32768
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _ROW_PROGRAMS = 128  # programs that fill the GPU; more would only repeat more work
 _MOST_ROWS = 16  # tokens up to which the repeated work costs less than a second launch
 
@@ -258,7 +258,7 @@ def unsupported(x, other, gain, input_scale, rotation, down, down_scale, kind, e
         return reason
     if any(a is not None and a.device != x.device for a in (other, gain, input_scale, rotation, down, down_scale)):
         return "all tensors must be on one device"
-    if x.dtype not in _FLOATS or x.dim() == 0:
+    if x.dtype not in FLOATS or x.dim() == 0:
         return f"x must be float32, float16 or bfloat16 with a last dimension, got {x.dtype}"
     k = x.shape[-1]
     if k == 0 or k % 2 or k > MAX_K:
@@ -266,7 +266,7 @@ def unsupported(x, other, gain, input_scale, rotation, down, down_scale, kind, e
     for name, value, shape in (("other", other, x.shape), ("gain", gain, (k,))):
         if value is not None and (value.dtype != x.dtype or value.shape != shape):
             return f"{name} must be {tuple(shape)} of the dtype of x, got {value.dtype} {tuple(value.shape)}"
-    if input_scale is not None and (input_scale.shape != (k,) or input_scale.dtype not in _FLOATS):
+    if input_scale is not None and (input_scale.shape != (k,) or input_scale.dtype not in FLOATS):
         return f"input_scale must be ({k},) floating point, got {tuple(input_scale.shape)}"
     if rotation is not None:
         b = rotation.shape[0]

@@ -11,10 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from tqcompile.kernels.twin_linear import INTERPRET, device_reason, round_to
+from tqcompile.kernels.twin_linear import FLOATS, INTERPRET, device_reason, round_to
 
 ROTATION_BLOCKS = (16, 32, 64, 128)
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_CHUNK = 16384
 
 
@@ -91,10 +90,10 @@ def unsupported(x, input_scale, rotation) -> str | None:
         return reason
     if any(a is not None and a.device != x.device for a in (input_scale, rotation)):
         return "all tensors must be on one device"
-    if x.dtype not in _FLOATS or x.dim() == 0 or x.shape[-1] == 0:
+    if x.dtype not in FLOATS or x.dim() == 0 or x.shape[-1] == 0:
         return f"x must be float32, float16 or bfloat16 with a last dimension, got {x.dtype} {tuple(x.shape)}"
     k = x.shape[-1]
-    if input_scale is not None and (input_scale.shape != (k,) or input_scale.dtype not in _FLOATS):
+    if input_scale is not None and (input_scale.shape != (k,) or input_scale.dtype not in FLOATS):
         return f"input_scale must be ({k},) floating point, got {tuple(input_scale.shape)}"
     if rotation is not None:
         b = rotation.shape[0] if rotation.dim() == 2 and rotation.shape[0] == rotation.shape[1] else 0

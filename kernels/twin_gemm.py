@@ -20,7 +20,7 @@ import triton
 
 from tqcompile.kernels.split_counters import split_counters
 from tqcompile.kernels.tuning import config_for, form_of, gpu_name
-from tqcompile.kernels.twin_linear import _FLOATS, INTERPRET, MAX_RANK, MAX_UP_GROUPS, _form, _gpu, device_reason
+from tqcompile.kernels.twin_linear import FLOATS, INTERPRET, MAX_RANK, MAX_UP_GROUPS, _form, _gpu, device_reason
 from tqcompile.kernels.twin_tile import twin_tile, unpack_planes
 
 try:
@@ -55,9 +55,9 @@ def unsupported(
         return "all tensors must be on one device"
     if any(a is not None and not a.is_contiguous() for a in (operand, *tensors[:-1])):
         return "all tensors must be contiguous"
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         return f"output dtype must be float32, float16 or bfloat16, got {dtype}"
-    if operand.dim() == 0 or (operand.dtype != torch.int8 and operand.dtype not in _FLOATS):
+    if operand.dim() == 0 or (operand.dtype != torch.int8 and operand.dtype not in FLOATS):
         return f"operand must be int8, float32, float16 or bfloat16 with a last dimension, got {operand.dtype}"
     if (operand.dtype == torch.int8) != (operand_scale is not None):
         return "an int8 operand comes with operand_scale, a float operand without"
@@ -66,16 +66,16 @@ def unsupported(
         return f"operand_scale must be float32 {(*rows, 1)}"
     if residual.dtype != torch.uint8 or residual.shape != (n, k // 2) or n == 0:
         return f"residual must be uint8 (N, {k}/2), got {residual.dtype} {tuple(residual.shape)}"
-    if residual_scale.dim() != 2 or residual_scale.shape[0] != n or residual_scale.dtype not in _FLOATS:
+    if residual_scale.dim() != 2 or residual_scale.shape[0] != n or residual_scale.dtype not in FLOATS:
         return f"residual_scale must be ({n}, groups) floating point"
     groups = residual_scale.shape[1]
     if groups == 0 or k % groups or k // groups % 64:
         return f"groups must hold a multiple of 64 channels, got K={k} in {groups} groups"
     if channel_scale is not None and (channel_scale.dtype != torch.float32 or channel_scale.shape != (n,)):
         return f"channel_scale must be ({n},) float32"
-    if bias is not None and (bias.shape != (n,) or bias.dtype not in _FLOATS):
+    if bias is not None and (bias.shape != (n,) or bias.dtype not in FLOATS):
         return f"bias must be ({n},) floating point"
-    if addend is not None and (addend.shape != (*rows, n) or addend.dtype not in _FLOATS):
+    if addend is not None and (addend.shape != (*rows, n) or addend.dtype not in FLOATS):
         return f"addend must be {(*rows, n)} floating point"
     if len({a is None for a in (t, up, up_scale)}) != 1:
         return "t, up and up_scale come together"
@@ -87,7 +87,7 @@ def unsupported(
     if up.dtype != torch.uint8 or up.shape != (n, r // 2):
         return f"up must be uint8 ({n}, {r}/2)"
     up_groups = up_scale.shape[1] if up_scale.dim() == 2 and up_scale.shape[0] == n else 0
-    if not 1 <= up_groups <= MAX_UP_GROUPS or r % (2 * up_groups) or up_scale.dtype not in _FLOATS:
+    if not 1 <= up_groups <= MAX_UP_GROUPS or r % (2 * up_groups) or up_scale.dtype not in FLOATS:
         return f"up_scale must be floating point ({n}, 1 to {MAX_UP_GROUPS} groups of R={r})"
     return None
 

@@ -8,7 +8,7 @@ that with programmatic dependent launch they overlap the prologue.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from tqcompile.kernels.gluon_common import grid_release, grid_wait
+from tqcompile.kernels.gluon_common import grid_release, grid_wait, load_live
 
 
 @gluon.jit
@@ -17,11 +17,6 @@ def _dot4(a, b, c):
     return gl.inline_asm_elementwise(
         "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=gl.int32, is_pure=True, pack=1
     )
-
-
-@gluon.jit
-def _load(at, live, MASKED: gl.constexpr):
-    return gl.load(at, mask=live, other=0) if MASKED else gl.load(at)
 
 
 @gluon.jit
@@ -70,7 +65,7 @@ def twin_gemv(
                 left = G - start - i * GC
                 w_live = gl.expand_dims(group_x < left, 0)
                 ws = ws + (_load_weights(w_at + (start + i * GC) * WORDS, w_live, start + i * GC + GC > G),)
-                ss = ss + (_load(s_at + start + i * GC, group_s < left, start + i * GC + GC > G),)
+                ss = ss + (load_live(s_at + start + i * GC, group_s < left, start + i * GC + GC > G),)
         if PDL and start == 0:
             x += grid_wait(N)
         for i in gl.static_range(UNROLL):
@@ -82,8 +77,8 @@ def twin_gemv(
                 new = ()
                 for token in gl.static_range(TOKENS):
                     x_at = x + token * 2 * KW + (start + i * GC) * WORDS + inner
-                    even = gl.expand_dims(_load(x_at, live, start + i * GC + GC > G), 0)
-                    odd = gl.expand_dims(_load(x_at + KW, live, start + i * GC + GC > G), 0)
+                    even = gl.expand_dims(load_live(x_at, live, start + i * GC + GC > G), 0)
+                    odd = gl.expand_dims(load_live(x_at + KW, live, start + i * GC + GC > G), 0)
                     product = _dot4(high, odd, _dot4(low, even, 0))
                     new = new + (sums[token] + product.to(gl.float32) * s,)
                 sums = new

@@ -23,11 +23,12 @@ from tqcompile.kernels.split_counters import split_counters
 
 MAX_RANK = 128
 MAX_UP_GROUPS = 8
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _float_nibbles(pair: str, base: str, one: str, offset: str) -> tl.constexpr:
-    """PTX: 4 packed bytes -> 8 floats. u = q + 8 in the mantissa of base reads base + u; the fma leaves q."""
+    """PTX: 4 packed bytes -> low nibbles in $0, $1, high in $2, $3, two floats each. u = q + 8 in the mantissa of
+    ``base`` reads base + u; the fma leaves q."""
     return tl.constexpr(f"""{{ .reg .b32 u, l, h, m, one, off;
         mov.b32 m, 0x{base}; mov.b32 one, 0x{one}; mov.b32 off, 0x{offset};
         xor.b32 u, $4, 0x88888888; and.b32 l, u, 0x0F0F0F0F; shr.u32 h, u, 4; and.b32 h, h, 0x0F0F0F0F;
@@ -37,8 +38,8 @@ def _float_nibbles(pair: str, base: str, one: str, offset: str) -> tl.constexpr:
         fma.rn.{pair} $2, $2, one, off; fma.rn.{pair} $3, $3, one, off; }}""")
 
 
-_BF16_NIBBLES = _float_nibbles("bf16x2", "43434343", "3F803F80", "C308C308")  # 128 + u, 1, -136
-_FP16_NIBBLES = _float_nibbles("f16x2", "64646464", "3C003C00", "E408E408")  # 1024 + u, 1, -1032
+BF16_NIBBLES = _float_nibbles("bf16x2", "43434343", "3F803F80", "C308C308")  # 128 + u, 1, -136
+FP16_NIBBLES = _float_nibbles("f16x2", "64646464", "3C003C00", "E408E408")  # 1024 + u, 1, -1032
 
 
 @triton.jit
@@ -62,11 +63,11 @@ def _nibbles(w, FORM: tl.constexpr):
         )  # fmt: skip
     elif FORM == "bf16":
         low, high = tl.inline_asm_elementwise(
-            _BF16_NIBBLES, "=&r,=&r,=&r,=&r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+            BF16_NIBBLES, "=&r,=&r,=&r,=&r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
         )
     elif FORM == "fp16":
         low, high = tl.inline_asm_elementwise(
-            _FP16_NIBBLES, "=&r,=&r,=&r,=&r,r", [w], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+            FP16_NIBBLES, "=&r,=&r,=&r,=&r,r", [w], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
         )
     elif FORM == "int8_plain":
         low, high = w << 4, w & -16
@@ -274,7 +275,7 @@ def device_reason(device: torch.device) -> str | None:
 
 
 def _group_reason(name: str, k: int, scale: torch.Tensor, rows: int) -> str | None:
-    if scale.dim() != 2 or scale.shape[0] != rows or scale.dtype not in _FLOATS:
+    if scale.dim() != 2 or scale.shape[0] != rows or scale.dtype not in FLOATS:
         return f"{name}_scale must be ({rows}, groups) float32, float16 or bfloat16"
     groups = scale.shape[1]
     if groups == 0 or k % groups or (k // groups) % 32:
@@ -298,9 +299,9 @@ def unsupported(
         return "down, up and their scales come together"
     if any(a is not None and a.dim() != 2 for a in (residual, down, up)):
         return "residual, down and up must be matrices"
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         return f"output dtype must be float32, float16 or bfloat16, got {dtype}"
-    if x.dim() == 0 or (x.dtype != torch.int8 and x.dtype not in _FLOATS):
+    if x.dim() == 0 or (x.dtype != torch.int8 and x.dtype not in FLOATS):
         return f"x must be int8, float32, float16 or bfloat16 with a last dimension, got {x.dtype}"
     if (x.dtype == torch.int8) != (x_scale is not None) or (act_ratio > 0 and x_scale is None):
         return "int8 x comes with x_scale, float x without x_scale and act_ratio"
@@ -312,7 +313,7 @@ def unsupported(
     reason = _group_reason("residual", k, residual_scale, n)
     if reason:
         return reason
-    if bias is not None and (bias.shape != (n,) or bias.dtype not in _FLOATS):
+    if bias is not None and (bias.shape != (n,) or bias.dtype not in FLOATS):
         return f"bias must be ({n},) floating point"
     if down is None:
         return None
@@ -323,7 +324,7 @@ def unsupported(
     if shapes != (torch.uint8, torch.uint8, r, k // 2, n, r // 2):
         return f"down must be uint8 ({r}, {k}/2) and up uint8 ({n}, {r}/2)"
     up_groups = up_scale.shape[1] if up_scale.dim() == 2 and up_scale.shape[0] == n else 0
-    if not 1 <= up_groups <= MAX_UP_GROUPS or r % up_groups or up_scale.dtype not in _FLOATS:
+    if not 1 <= up_groups <= MAX_UP_GROUPS or r % up_groups or up_scale.dtype not in FLOATS:
         return f"up_scale must be floating point ({n}, 1 to {MAX_UP_GROUPS} groups of R={r})"
     return _group_reason("down", k, down_scale, r)
 

@@ -9,28 +9,13 @@ share rows, in a fixed order. Group scales are applied to the fp32 sum of each g
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from tqcompile.kernels.gluon_common import grid_release, grid_wait
+from tqcompile.kernels.gluon_common import grid_release, grid_wait, load_live
+from tqcompile.kernels.twin_linear import BF16_NIBBLES, FP16_NIBBLES
 
 _MMA = "mma.sync.aligned.m16n8k{}.row.col.{}.{}.{}.{} {{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {{$8,$9}}, {{$10,$11,$12,$13}};"
 _MMA_INT8 = gl.constexpr(_MMA.format(32, "s32", "s8", "s8", "s32"))
 _MMA_BF16 = gl.constexpr(_MMA.format(16, "f32", "bf16", "bf16", "f32"))
 _MMA_FP16 = gl.constexpr(_MMA.format(16, "f32", "f16", "f16", "f32"))
-
-
-def _to_floats(pair: str, base: str, one: str, offset: str) -> gl.constexpr:
-    """PTX: 4 packed bytes -> low nibbles in $0, $1, high in $2, $3, two floats each: u = q + 8 in the mantissa of
-    ``base`` reads base + u; the fma leaves q."""
-    return gl.constexpr(f"""{{ .reg .b32 u, l, h, m, one, off;
-        mov.b32 m, 0x{base}; mov.b32 one, 0x{one}; mov.b32 off, 0x{offset};
-        xor.b32 u, $4, 0x88888888; and.b32 l, u, 0x0F0F0F0F; shr.u32 h, u, 4; and.b32 h, h, 0x0F0F0F0F;
-        prmt.b32 $0, l, m, 0x4140; prmt.b32 $1, l, m, 0x4342;
-        prmt.b32 $2, h, m, 0x4140; prmt.b32 $3, h, m, 0x4342;
-        fma.rn.{pair} $0, $0, one, off; fma.rn.{pair} $1, $1, one, off;
-        fma.rn.{pair} $2, $2, one, off; fma.rn.{pair} $3, $3, one, off; }}""")
-
-
-_TO_BF16 = _to_floats("bf16x2", "43434343", "3F803F80", "C308C308")
-_TO_FP16 = _to_floats("f16x2", "64646464", "3C003C00", "E408E408")
 
 
 @gluon.jit
@@ -45,11 +30,6 @@ def _words(v, layout: gl.constexpr):
         gl.convert_layout(w2, layout, assert_trivial=True),
         gl.convert_layout(w3, layout, assert_trivial=True),
     )
-
-
-@gluon.jit
-def _load(at, live, MASKED: gl.constexpr):
-    return gl.load(at, mask=live, other=0) if MASKED else gl.load(at)
 
 
 @gluon.jit
@@ -72,7 +52,7 @@ def _mma_int8(wa, wb, even, odd, c0, c1, c2, c3):
 
 @gluon.jit
 def _floats(w, FLOAT: gl.constexpr):
-    asm: gl.constexpr = _TO_BF16 if gl.bfloat16 == FLOAT else _TO_FP16
+    asm: gl.constexpr = BF16_NIBBLES if gl.bfloat16 == FLOAT else FP16_NIBBLES
     return gl.inline_asm_elementwise(
         asm, "=&r,=&r,=&r,=&r,r", [w], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
     )
@@ -185,8 +165,8 @@ def twin_skinny(
                 was = was + (_load_weights(wa_at + (start + i * KS) * 16, own3 < left, start + i * KS + KS > G),)
                 wbs = wbs + (_load_weights(wb_at + (start + i * KS) * 16, own3 < left, start + i * KS + KS > G),)
                 group = (own + (start + i * KS)) // GROUP_STEPS
-                sas = sas + (_load(sa_at + group, own < left, start + i * KS + KS > G),)
-                sbs = sbs + (_load(sb_at + group, own < left, start + i * KS + KS > G),)
+                sas = sas + (load_live(sa_at + group, own < left, start + i * KS + KS > G),)
+                sbs = sbs + (load_live(sb_at + group, own < left, start + i * KS + KS > G),)
         if PDL and start == 0:
             x += grid_wait(N)
         for i in gl.static_range(UNROLL):
@@ -202,8 +182,8 @@ def twin_skinny(
                     c1, c2, c3 = c0, c0, c0
                     if FLOAT is None:
                         at = x + token * 2 * KW + inner + (start + i * KS) * 16
-                        e0, e1, e2, e3 = _words(_load(at, live3, start + i * KS + KS > G), flat)
-                        o0, o1, o2, o3 = _words(_load(at + KW, live3, start + i * KS + KS > G), flat)
+                        e0, e1, e2, e3 = _words(load_live(at, live3, start + i * KS + KS > G), flat)
+                        o0, o1, o2, o3 = _words(load_live(at + KW, live3, start + i * KS + KS > G), flat)
                         c0, c1, c2, c3 = _mma_int8(a0, b0, e0, o0, c0, c1, c2, c3)
                         c0, c1, c2, c3 = _mma_int8(a1, b1, e1, o1, c0, c1, c2, c3)
                         c0, c1, c2, c3 = _mma_int8(a2, b2, e2, o2, c0, c1, c2, c3)
@@ -211,12 +191,12 @@ def twin_skinny(
                     else:
                         # A lane's 16 even channels of a group, then its odd ones: two 16-byte loads each.
                         at = x + token * 4 * KW + (own3 + start + i * KS) * 32 + (lane3 % 4) * 8 + word
-                        e0, e1, e2, e3 = _words(_load(at, live3, start + i * KS + KS > G), flat)
-                        o0, o1, o2, o3 = _words(_load(at + 2 * KW, live3, start + i * KS + KS > G), flat)
+                        e0, e1, e2, e3 = _words(load_live(at, live3, start + i * KS + KS > G), flat)
+                        o0, o1, o2, o3 = _words(load_live(at + 2 * KW, live3, start + i * KS + KS > G), flat)
                         c0, c1, c2, c3 = _mma_words(a0, b0, e0, e1, o0, o1, c0, c1, c2, c3, FLOAT)
                         c0, c1, c2, c3 = _mma_words(a1, b1, e2, e3, o2, o3, c0, c1, c2, c3, FLOAT)
-                        e0, e1, e2, e3 = _words(_load(at + 4, live3, start + i * KS + KS > G), flat)
-                        o0, o1, o2, o3 = _words(_load(at + 2 * KW + 4, live3, start + i * KS + KS > G), flat)
+                        e0, e1, e2, e3 = _words(load_live(at + 4, live3, start + i * KS + KS > G), flat)
+                        o0, o1, o2, o3 = _words(load_live(at + 2 * KW + 4, live3, start + i * KS + KS > G), flat)
                         c0, c1, c2, c3 = _mma_words(a2, b2, e0, e1, o0, o1, c0, c1, c2, c3, FLOAT)
                         c0, c1, c2, c3 = _mma_words(a3, b3, e2, e3, o2, o3, c0, c1, c2, c3, FLOAT)
                     new = new + (
