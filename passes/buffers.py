@@ -137,6 +137,16 @@ def writes_in_place(node: torch.fx.Node) -> bool:
     return bool(flag) or getattr(node.target, "__name__", "").endswith("_")
 
 
+def write_between(first: torch.fx.Node, last: torch.fx.Node) -> torch.fx.Node | None:
+    """The earliest node from ``first`` on and before ``last``, which follows it, that may write in place; or None."""
+    node = first
+    while node is not last:
+        if writes_in_place(node):
+            return node
+        node = node.next
+    return None
+
+
 def op_arguments(node: torch.fx.Node) -> dict[str, object]:
     """The arguments of a call of an operator by name, defaults included."""
     schema = node.target._schema.arguments

@@ -12,6 +12,7 @@ import torch
 import torch.fx
 
 from tqcompile.passes.base import Pass
+from tqcompile.passes.buffers import op_arguments
 from tqcompile.passes.find_linears import is_linear, linear_module_name
 from tqcompile.passes.graph import describe, kind, move, sizes, to_networkx
 from tqcompile.passes.plan import ResidualStream, StreamNorm
@@ -307,8 +308,7 @@ def _is_scaling(node: torch.fx.Node) -> bool:
 
 def _arguments(node: torch.fx.Node) -> list:
     """All arguments of an aten op in the order of its schema, however they were passed."""
-    schema = node.target._schema.arguments
-    return [*node.args, *(node.kwargs.get(a.name, a.default_value) for a in schema[len(node.args) :])]
+    return list(op_arguments(node).values())
 
 
 def _is_number(value) -> bool:

@@ -30,7 +30,7 @@ from tqcompile.passes.buffers import (
     op_arguments,
     real_tensor,
     same_values,
-    writes_in_place,
+    write_between,
 )
 from tqcompile.passes.lower import implementation
 from tqcompile.passes.producers import Producer, find_producer, find_transform, reads_shape
@@ -169,11 +169,9 @@ class FusePrologue(Pass):
         found = find_producer(site.x, readers.__contains__)
         if isinstance(found, str):
             return found
-        node = found.inner[-1]
-        while node is not site.at:
-            if writes_in_place(node):
-                return f"{node.name} writes in place between the {found.kind} and the quantization"
-            node = node.next
+        write = write_between(found.inner[-1], site.at)
+        if write is not None:
+            return f"{write.name} writes in place between the {found.kind} and the quantization"
         if found.other is not None and found.kind == "rms_norm":
             stream = found.inner[-1]
             if any(user < site.at for user in stream.users if user not in found.inner):
@@ -255,11 +253,9 @@ def _quantized_site(node: torch.fx.Node) -> _Site | str:
 def _float_site(node: torch.fx.Node) -> _Site | str:
     operand = op_arguments(node)["x"]
     twins = sorted(user for user in operand.users if user.target is TWIN and op_arguments(user)["x"] is operand)
-    step = twins[0]
-    while step is not twins[-1]:
-        if writes_in_place(step):
-            return f"{step.name} writes in place between the linears that read it"
-        step = step.next
+    write = write_between(twins[0], twins[-1])
+    if write is not None:
+        return f"{write.name} writes in place between the linears that read it"
     match = find_transform(operand)
     if match is None or match.read_outside() is not None or len(twins) != len(operand.users):
         return _Site(twins[0], operand, {}, twins, [], None, 0, 0.0)

@@ -26,7 +26,7 @@ from tqcompile.passes.buffers import (
     real_tensor,
     same_values,
     set_example,
-    writes_in_place,
+    write_between,
 )
 from tqcompile.passes.producers import find_transform
 
@@ -83,7 +83,7 @@ class MergeSiblings(Pass):
             return True
         earlier = _source(first)[1]
         alike = (same_values(gm, earlier.get(n), transform.get(n), self._tensors) for n in ("input_scale", "rotation"))
-        return not _written_between(first, node) and all(alike)
+        return write_between(first, node) is None and all(alike)
 
     def _difference(self, gm: torch.fx.GraphModule, group: list[torch.fx.Node], node: torch.fx.Node) -> str | None:
         """What keeps ``node`` out of the group, or None."""
@@ -170,15 +170,6 @@ def _source(node: torch.fx.Node) -> tuple[torch.fx.Node, dict[str, torch.fx.Node
     arguments = op_arguments(node)
     match = find_transform(arguments["x"]) if arguments["x_scale"] is None else None
     return (match.tensors["x"], match.tensors) if match else (arguments["x"], {})
-
-
-def _written_between(first: torch.fx.Node, last: torch.fx.Node) -> bool:
-    node = first
-    while node is not last:
-        if writes_in_place(node):
-            return True
-        node = node.next
-    return False
 
 
 def _allow_strides(part: torch.fx.Node) -> None:

@@ -15,9 +15,7 @@ import torch.fx
 
 from tqcompile import ops  # noqa: F401  (registers the ops)
 from tqcompile.passes.base import Pass
-from tqcompile.passes.buffers import same_values, writes_in_place
-
-_Operand = torch.fx.Node | None
+from tqcompile.passes.buffers import op_arguments, same_values, writes_in_place
 
 
 class ShareActivationQuant(Pass):
@@ -53,18 +51,12 @@ class ShareActivationQuant(Pass):
             if writes_in_place(node):
                 firsts.clear()
             elif node.target is torch.ops.tqcompile.quantize_activation.default:
-                x, *transform = _arguments(node)
+                x, *transform = op_arguments(node).values()
                 for first in firsts:
-                    first_x, *first_transform = _arguments(first)
+                    first_x, *first_transform = op_arguments(first).values()
                     if x is first_x and all(same(a, b) for a, b in zip(transform, first_transform, strict=True)):
                         pairs.append((first, node))
                         break
                 else:
                     firsts.append(node)
         return pairs
-
-
-def _arguments(node: torch.fx.Node) -> tuple[_Operand, ...]:
-    names = ("x", "input_scale", "rotation")
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    return tuple(given.get(name) for name in names)
