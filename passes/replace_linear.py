@@ -66,3 +66,17 @@ class Journal:
     def _set(self, name: str, module: nn.Module) -> None:
         parent, _, attribute = name.rpartition(".")
         setattr(self._model.get_submodule(parent), attribute, module)
+
+
+def declare_untied(model: nn.Module, weight: str, journal: Journal) -> None:
+    """Tell transformers that the head's parameter ``weight`` is no longer the embeddings', also for a checkpoint."""
+    tied = getattr(model, "all_tied_weights_keys", None)  # what transformers leaves out of a checkpoint
+    if isinstance(tied, dict) and weight in tied:
+        journal.remember_attribute(model, "all_tied_weights_keys")
+        model.all_tied_weights_keys = {key: value for key, value in tied.items() if key != weight}
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for settings in [config] if text is config else [config, text]:
+        if getattr(settings, "tie_word_embeddings", False):
+            journal.remember_attribute(settings, "tie_word_embeddings")
+            settings.tie_word_embeddings = False

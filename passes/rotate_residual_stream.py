@@ -21,7 +21,7 @@ from torch import nn
 from tqcompile.errors import ConfigError, ModelError
 from tqcompile.passes.block_rotation import as_blocks, nearest_orthogonal, rotate_columns, rotate_rows
 from tqcompile.passes.plan import ResidualStream, StreamNorm
-from tqcompile.passes.replace_linear import Journal
+from tqcompile.passes.replace_linear import Journal, declare_untied
 
 TIED_HEADS = ("insert", "untie")
 
@@ -123,25 +123,11 @@ def _insert(model: nn.Module, stream: ResidualStream, norm: StreamNorm, blocks: 
 def _untie(model: nn.Module, stream: ResidualStream, journal: Journal) -> str:
     head = model.get_submodule(stream.tied_head)
     journal.assign_parameter(head, "weight", nn.Parameter(head.weight.detach(), head.weight.requires_grad))
-    for config in _configs(model):
-        journal.remember_attribute(config, "tie_word_embeddings")
-        config.tie_word_embeddings = False
-    if getattr(model, "all_tied_weights_keys", None):  # what transformers leaves out of a checkpoint
-        kept = {k: v for k, v in model.all_tied_weights_keys.items() if k != f"{stream.tied_head}.weight"}
-        journal.remember_attribute(model, "all_tied_weights_keys")
-        model.all_tied_weights_keys = kept
+    declare_untied(model, f"{stream.tied_head}.weight", journal)
     return (
         f"{stream.tied_head} was tied to {stream.embeddings[0]} and has its own weight now: "
         f"{_bytes(head.weight)} bytes more"
     )
-
-
-def _configs(model: nn.Module) -> list:
-    """The configs of a transformers model that say whether the head is tied."""
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = [config] if text is config else [config, text]
-    return [c for c in found if getattr(c, "tie_word_embeddings", False)]
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -180,7 +180,7 @@ def test_a_damaged_head_is_named_and_the_model_is_left_as_it_was(monkeypatch):
     assert_unchanged(model, before)
     monkeypatch.undo()
     journal = output_head.Journal(model)
-    output_head._untie(model, "lm_head.weight", journal)
+    output_head.declare_untied(model, "lm_head.weight", journal)
     assert model.config.tie_word_embeddings is False
     journal.restore()
     assert model.config.to_dict() == settings

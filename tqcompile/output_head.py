@@ -21,7 +21,7 @@ from tqcompile.methods.rounding import group_scales, require_finite, round_to_co
 from tqcompile.methods.statistics import SiteStatistics, StatisticsCollector
 from tqcompile.modules import Int8Linear, TwinLinear, empty_layer
 from tqcompile.ops.packing import pack_int4
-from tqcompile.passes.replace_linear import Journal
+from tqcompile.passes.replace_linear import Journal, declare_untied
 from tqcompile.reporting import LayerRecord, Report, output_error, stored_bits
 
 _BITS = {"w8a16": 8, "w4a16": 4}
@@ -77,7 +77,7 @@ def quantize_head(model: nn.Module, config: Config, batches: list[Batch], journa
     report.skipped.pop(name, None)
     if tied:
         report.notes.append(f"{name} was tied to {', '.join(tied)}: it has a rounded copy of its own, they stay")
-        _untie(model, f"{name}.weight", journal)
+        declare_untied(model, f"{name}.weight", journal)
     journal.replace(name, layer)
 
 
@@ -149,15 +149,3 @@ def _head_statistics(model: nn.Module, head: nn.Linear, batches: list[Batch], de
     found = collector.finish()
     where = head.weight.device
     return dataclasses.replace(found, hessian=found.hessian.to(where), held_out=found.held_out.to(where))
-
-
-def _untie(model: nn.Module, weight: str, journal: Journal) -> None:
-    """Tell transformers that the head has no weight in common with the embeddings, also when the model is loaded."""
-    tied = getattr(model, "all_tied_weights_keys", None)
-    if isinstance(tied, dict) and weight in tied:
-        journal.remember_attribute(model, "all_tied_weights_keys")
-        model.all_tied_weights_keys = {key: value for key, value in tied.items() if key != weight}
-    settings = getattr(model, "config", None)
-    if getattr(settings, "tie_word_embeddings", False):
-        journal.remember_attribute(settings, "tie_word_embeddings")
-        settings.tie_word_embeddings = False
