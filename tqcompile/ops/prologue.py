@@ -15,7 +15,7 @@ from torch.nn.functional import silu
 
 from tqcompile.ops.dispatch import kernel_or_reason
 from tqcompile.ops.packing import dequantize_int4
-from tqcompile.ops.quantize_activation import quantize_activation_reference, transform_activation
+from tqcompile.ops.quantize_activation import check_transform, quantize_activation_reference, transform_activation
 from tqcompile.ops.twin_gemm import to_planes
 
 KINDS = ("none", "rms_norm", "silu_mul")
@@ -122,12 +122,7 @@ def _(x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bi
         if value is not None:
             torch._check(value.shape == shape, lambda name=name, shape=shape: f"{name} must be {tuple(shape)}")
             torch._check(value.dtype == x.dtype, lambda name=name: f"{name} must have the dtype of x, {x.dtype}")
-    if input_scale is not None:
-        torch._check(input_scale.shape == (k,), lambda: f"input_scale must be ({k},)")
-    if rotation is not None:
-        b = rotation.shape[0]
-        torch._check(rotation.dim() == 2 and rotation.shape[1] == b, lambda: "rotation must be square")
-        torch._check(k % b == 0, lambda: f"rotation block {b} must divide K={k}")
+    check_transform(k, input_scale, rotation)
     torch._check((down is None) == (down_scale is None), lambda: "down and down_scale come together")
     rank = 0
     if down is not None:

@@ -48,6 +48,16 @@ def quantize_activation_reference(
     return q, scale
 
 
+def check_transform(k: int, input_scale: torch.Tensor | None, rotation: torch.Tensor | None) -> None:
+    """Refuse a scale or rotation that does not fit K channels; used by the fake kernels of all ops that transform."""
+    if input_scale is not None:
+        torch._check(input_scale.shape == (k,), lambda: f"input_scale must be ({k},)")
+    if rotation is not None:
+        b = rotation.shape[0]
+        torch._check(rotation.dim() == 2 and rotation.shape[1] == b, lambda: "rotation must be square")
+        torch._check(k % b == 0, lambda: f"rotation block {b} must divide K={k}")
+
+
 @torch.library.custom_op("tqcompile::quantize_activation", mutates_args=())
 def quantize_activation(
     x: torch.Tensor, input_scale: torch.Tensor | None = None, rotation: torch.Tensor | None = None
@@ -73,11 +83,5 @@ def _(x, input_scale=None, rotation=None):
 @quantize_activation.register_fake
 def _(x, input_scale=None, rotation=None):
     torch._check(x.is_floating_point(), lambda: f"x must be floating point, got {x.dtype}")
-    k = x.shape[-1]
-    if input_scale is not None:
-        torch._check(input_scale.shape == (k,), lambda: f"input_scale must be ({k},)")
-    if rotation is not None:
-        b = rotation.shape[0]
-        torch._check(rotation.dim() == 2 and rotation.shape[1] == b, lambda: "rotation must be square")
-        torch._check(k % b == 0, lambda: f"rotation block {b} must divide K={k}")
+    check_transform(x.shape[-1], input_scale, rotation)
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
