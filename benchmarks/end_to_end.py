@@ -42,7 +42,7 @@ from torch import nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from tqcompile import backend, ops
+from tqcompile import backend, ops, tuner
 from tqcompile.config import HEADS
 from tqcompile.methods.components import LinearSpec
 from tqcompile.methods.hadamard import random_signs, rotation_block
@@ -340,17 +340,7 @@ def references(model: nn.Module, cases: list[Case], device: str) -> dict[str, tu
 
 def capture(call, device: str):
     """(replay, result): ``call`` in a CUDA graph; on a CPU the call itself."""
-    if device == "cpu":
-        return call, call()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-    return graph.replay, result
+    return (call, call()) if device == "cpu" else tuner.capture(call)
 
 
 def milliseconds(replay, count: int, device: str) -> tuple[float, float]:

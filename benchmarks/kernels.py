@@ -20,8 +20,11 @@ import time
 import torch
 import torch.nn.functional as F
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from tqcompile import tuner
+
 SHAPES = {
     "gate_up": (28672, 4096),
     "down": (4096, 14336),
@@ -35,7 +38,6 @@ CHECKED_TOKENS = {"gate_up_70b": (16, 512)}  # not timed
 ACT_BITS = {"w4a8": 8, "w4a4": 4, "w4a16": 16}
 GROUP = 128
 DTYPE = torch.bfloat16
-COLD_BYTES = 200e6  # weight copies rotate through at least this much: three times a 60 MB L2 cache
 COMPOSITION_TOKENS = 2048  # tinygemm is made for few tokens; more take seconds
 
 
@@ -45,7 +47,7 @@ def bytes_of(tensors) -> int:
 
 def copies_of(weights: list) -> list[list]:
     """Enough clones of ``weights`` (tensors or None) that together they exceed the L2 cache."""
-    count = max(2, min(32, int(COLD_BYTES / bytes_of(weights)) + 1))
+    count = max(2, min(32, int(tuner.COLD_BYTES / bytes_of(weights)) + 1))
     clones = [[None if w is None else w.clone() for w in weights] for _ in range(count - 1)]
     return [weights, *clones]
 
@@ -57,27 +59,24 @@ def microseconds(call, copies: list[list], budget_ms: float = 12.0) -> float:
         call(copies[0])
         return (time.perf_counter() - start) * 1e6
     call(copies[0])
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call(copies[0])
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def once() -> None:
         for weights in copies:
             call(weights)
 
-    def replay() -> float:
+    replay, _ = tuner.capture(once)
+
+    def timed() -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        graph.replay()
+        replay()
         end.record()
         end.synchronize()
         return start.elapsed_time(end)
 
-    replay()
-    rounds = max(3, min(30, int(budget_ms / max(replay(), 1e-3))))
-    return statistics.median(replay() for _ in range(rounds)) * 1e3 / len(copies)
+    timed()
+    rounds = max(3, min(30, int(budget_ms / max(timed(), 1e-3))))
+    return statistics.median(timed() for _ in range(rounds)) * 1e3 / len(copies)
 
 
 def composition(n: int, k: int, rank: int):

@@ -11,6 +11,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -208,23 +209,31 @@ def difference(y: torch.Tensor, expected: torch.Tensor) -> str | None:
     return f"{int(wrong.sum())} of {wrong.numel()} values are wrong" if wrong.any() else None
 
 
-def graph_time(call: Callable, copies: list[tuple]) -> float:
-    """Median microseconds of one call, in a CUDA graph of one call a copy."""
-    for arguments in copies[:2]:
-        call(arguments)
+def capture(call: Callable) -> tuple[Callable, Any]:
+    """(replay, result): ``call()`` in a CUDA graph, after one run on a side stream as torch asks for."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        call(copies[0])
+        call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
+        result = call()
+    return graph.replay, result
+
+
+def graph_time(call: Callable, copies: list[tuple]) -> float:
+    """Median microseconds of one call, in a CUDA graph of one call a copy."""
+
+    def once() -> None:
         for arguments in copies:
             call(arguments)
+
+    replay, _ = capture(once)
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(12)]
     for start, end in events:
         start.record()
-        graph.replay()
+        replay()
         end.record()
     torch.cuda.synchronize()
     return statistics.median(start.elapsed_time(end) for start, end in events[2:]) * 1e3 / len(copies)
