@@ -75,11 +75,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--schemes", default=",".join(SCHEMES))
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("needs an NVIDIA GPU; torch.cuda.is_available() is False")
     measure("rtn-w4a8", 2, 64, args.rank)  # compiles the kernels, loads the libraries
-    rows = [measure(scheme, args.samples, args.seq_len, args.rank) for scheme in SCHEMES]
+    rows = [measure(scheme, args.samples, args.seq_len, args.rank) for scheme in args.schemes.split(",")]
     for row in rows:
         print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()))
     if args.json:
