@@ -119,7 +119,7 @@ class Ours:
         operand, scale, t, _ = operands
         scale = scale if self.act_bits < 16 else None
         t = t if w[3] is not None else None
-        return (operand, scale, t, w[0], w[1], w[2] if self.act_bits < 16 else None, w[3], w[4], None, None, DTYPE)
+        return (operand, scale, t, *w[:5], None, None, DTYPE)
 
     def why_not(self, w: list, x: torch.Tensor) -> str | None:
         """The reason why a kernel does not serve these arguments: what would run then is no kernel of ours."""

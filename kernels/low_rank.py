@@ -73,8 +73,10 @@ def _low_rank(
 
 
 def choose_splits(tiles: int, steps: int, sms: int) -> int:
-    """Programs that share a tile of ``_low_rank``: four on each SM, and no fewer than 4 steps of K each."""
-    return max(1, min(4 * sms // tiles, steps // 4, 16))
+    """Programs that share a tile of ``_low_rank``: up to four on each SM while tiles are few, else two, and two a tile
+    where they do not keep a program waiting; no fewer than 4 steps of K each."""
+    wanted = 4 * sms // tiles if tiles < 64 else max(2, 2 * sms // tiles)
+    return max(1, min(wanted, steps // 4, 16))
 
 
 def run_low_rank(x, x_scale, down, down_scale, t, sms: int, dependent: bool) -> None:
@@ -86,7 +88,7 @@ def run_low_rank(x, x_scale, down, down_scale, t, sms: int, dependent: bool) -> 
     group = k // down_scale.shape[1]
     wide = x.dtype == torch.float32  # no tensor core
     step = min(32 if wide else 128, group & -group)
-    tile = 16 if wide or tokens < 1024 else 32 if tokens < 4096 else 64
+    tile = 16 if wide or tokens < 1024 else 32
     tiles, padded = -(-tokens // tile), max(32, triton.next_power_of_2(rank))
     splits = choose_splits(tiles, k // step, sms)
     partials = counters = t  # not read when splits is 1

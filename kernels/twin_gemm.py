@@ -2,7 +2,7 @@
 
     gemv    one or two int8 tokens                       twin_gemv.py
     skinny  a few tokens, int8 or 16-bit floats          twin_skinny.py
-    wgmma   any number of int8 tokens, on Hopper         twin_wgmma.py
+    wgmma   any number of tokens, on Hopper              twin_wgmma.py
     dense   many floating-point tokens: weights are unpacked once, then two dense products
     tile    everything else                              twin_tile.py
 
@@ -40,6 +40,7 @@ _RANKS = (0, 32, 64, 128)  # of the wgmma form
 _SHARED_BYTES = 227 * 1024  # of a Hopper multiprocessor
 # Microseconds of one K step of a tile of 128 rows on one H200 multiprocessor, by tokens of the tile. Measured.
 _STEP_US = {8: 0.34, 16: 0.34, 32: 0.34, 64: 0.35, 128: 0.43, 256: 0.69}
+_FLOAT_STEP_US = {8: 0.34, 16: 0.34, 32: 0.36, 64: 0.5, 128: 0.75, 256: 1.4}
 DENSE_TOKENS = 512  # from here unpacking once is cheaper than unpacking in every tile of tokens
 
 
@@ -113,25 +114,33 @@ class _Problem:
         plain = GLUON_REASON is None and not INTERPRET and self.one_up_group and self.dtype in _HALVES
         int8, power = self.operand == torch.int8, self.group & (self.group - 1) == 0
         aligned = self.k % 128 == 0 and self.group % 128 == 0
+        own = int8 or self.operand == self.dtype
         if plain and int8 and self.t <= 4 and power and 64 <= self.group <= 1024 and self.r & (self.r - 1) == 0:
             found.append("gemv")
-        if plain and aligned and self.t <= 32 and self.r % 8 == 0 and (int8 or self.operand == self.dtype):
+        if plain and aligned and self.t <= 32 and self.r % 8 == 0 and own:
             found.append("skinny")
-        if plain and int8 and aligned and self.grid and self.major == 9 and self.n % 8 == 0 and self.r in _RANKS:
+        if plain and own and aligned and self.grid and self.major == 9 and self.n % 8 == 0 and self.r in _RANKS:
             found.append("wgmma")
         if not int8 and self.operand == self.dtype and self.dtype in _HALVES:
             found.append("dense")
         return found
 
 
-def _splits(tiles: int, steps: int, bm: int, sms: int) -> tuple[float, int]:
+def _splits(tiles: int, steps: int, bm: int, sms: int, step_us: float) -> tuple[float, int]:
     """(microseconds, S): the fastest way to cut each of ``tiles`` into S parts of K, by the measured step time."""
 
     def cost(s: int) -> float:
         rounds = -(-tiles * s // sms)
-        return rounds * (-(-steps // s) * _STEP_US[bm] + 1.5) + (1.0 + s * bm / 64 if s > 1 else 0.0)
+        return rounds * (-(-steps // s) * step_us + 1.5) + (1.0 + s * bm / 64 if s > 1 else 0.0)
 
     return min((cost(s), s) for s in (1, 2, 3, 4, 6, 8) if s <= max(1, steps // 4))
+
+
+def _stages(p: _Problem, bm: int, ctas: int) -> int:
+    """Buffers of the wgmma form that fit into shared memory; it needs two."""
+    stage = 128 * 64 + 2 * bm * 64 * p.operand.itemsize
+    rest = 2 * bm * max(p.r, 8) + 2 * min(bm, 128) * 64 * 2 + 2048
+    return min(8, (_SHARED_BYTES // ctas - rest) // stage)
 
 
 def choose(p: _Problem) -> dict:
@@ -144,8 +153,9 @@ def choose(p: _Problem) -> dict:
         ks = 8 if p.k > 8192 else 4
         return {"kernel": "skinny", "rw": 2 if ks == 8 and p.t > 8 else 1, "ks": ks, "unroll": 2 if p.t > 8 else 4}
     if "wgmma" in can:
-        sizes = [bm for bm in _STEP_US if min(p.t, 64) <= bm and (bm < 2 * p.t or bm == 8)]
-        costs = [(*_splits(-(-p.n // 128) * -(-p.t // bm), p.k // 128, bm, p.sms), bm) for bm in sizes]
+        step_us = _STEP_US if p.operand == torch.int8 else _FLOAT_STEP_US
+        sizes = [bm for bm in step_us if min(p.t, 64) <= bm and (bm < 2 * p.t or bm == 8) and _stages(p, bm, 1) >= 2]
+        costs = [(*_splits(-(-p.n // 128) * -(-p.t // bm), p.k // 128, bm, p.sms, step_us[bm]), bm) for bm in sizes]
         _, splits, bm = min(costs)
         # Two programs on a multiprocessor have half the registers each: only where there are that many.
         more = -(-p.n // 128) * -(-p.t // bm) * splits > p.sms
@@ -166,12 +176,12 @@ def candidates(n: int, k: int, t: int, form: str) -> list[dict]:
                 for rows in (1, 2, 4)
                 for unroll in (2, 4)
             ]
-        if "grid" in form:
-            for bm in (8, 16, 32, 64, 128, 256):
-                if bm >= min(t, 64):
-                    ctas = (1, 2, 3) if bm <= 16 else (1, 2) if bm <= 64 else (1,)
-                    splits = (1, 2, 4, 8) if t <= 512 else (1,)
-                    found += [{"kernel": "wgmma", "bm": bm, "splits": s, "ctas": c} for s in splits for c in ctas]
+    if "grid" in form:
+        for bm in (8, 16, 32, 64, 128, 256):
+            if min(t, 64) <= bm <= max(4 * t, 16):
+                ctas = (1, 2, 3) if bm <= 16 else (1, 2) if bm <= 64 else (1,)
+                splits = (1, 2, 4, 8) if t <= 512 else (1,)
+                found += [{"kernel": "wgmma", "bm": bm, "splits": s, "ctas": c} for s in splits for c in ctas]
     if t <= 32:
         found += [
             {"kernel": "skinny", "rw": rw, "ks": ks, "unroll": 4 if t <= 8 else 2}
@@ -198,8 +208,8 @@ def launch(
     if y.numel() == 0:
         return y
     p = _Problem(operand, t, residual, residual_scale, channel_scale, up_scale, dtype)
-    if config is not None and config["kernel"] not in p.kernels():
-        raise ValueError(f"twin_gemm: kernel {config['kernel']!r} cannot run this problem; possible: {p.kernels()}")
+    if config is not None and not _fits(p, config):
+        raise ValueError(f"twin_gemm: {config} cannot run this problem; possible kernels: {p.kernels()}")
     config = config or _configuration(p)
     addend = None if addend is None else addend.contiguous()
     run = {"gemv": _run_gemv, "skinny": _run_skinny, "wgmma": _run_wgmma, "dense": _run_dense, "tile": _run_tile}
@@ -221,9 +231,14 @@ def _configuration(p: _Problem) -> Mapping:
     if p.index is not None:
         form = form_of(p.operand, p.grid, p.group, p.r)
         found = config_for("twin_gemm", gpu_name(p.index), p.n, p.k, p.t, form)
-        if found is not None and found["kernel"] in p.kernels():
+        if found is not None and _fits(p, found):
             return found
     return choose(p)
+
+
+def _fits(p: _Problem, config: Mapping) -> bool:
+    in_memory = config["kernel"] != "wgmma" or _stages(p, config["bm"], config["ctas"]) >= 2
+    return in_memory and config["kernel"] in p.kernels()
 
 
 def _dependent(p: _Problem) -> bool:
@@ -266,12 +281,10 @@ def _run_wgmma(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bia
     x, y2 = x.view(-1, p.k), y.view(-1, p.n)
     tiles = -(-p.n // 128) * -(-p.t // bm)
     programs = tiles * splits if splits > 1 else min(tiles, ctas * p.sms)
-    stage = 128 * 64 + 2 * bm * 64
-    fixed = 2 * bm * max(p.r, 8) + 2 * (bm // pieces) * 64 * 2 + 2048
-    stages = max(2, min(8, (_SHARED_BYTES // ctas - fixed) // stage))
     partials, counters = y, y
     if splits > 1:
-        partials = torch.empty(programs * 4 * 64 * bm, dtype=torch.int32, device=y.device)
+        sums = torch.int32 if x.dtype == torch.int8 else torch.float32
+        partials = torch.empty(programs * 4 * 64 * bm, dtype=sums, device=y.device)
         counters = split_counters(y.device, 2 * tiles)
     half = p.r // 2 if p.r else 32
     t2 = y2.new_empty(bm, half) if t is None else t.view(-1, p.r)
@@ -279,13 +292,13 @@ def _run_wgmma(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bia
     registers = {} if ctas == 1 else {"maxnreg": {2: 80, 3: 56}[ctas]}
     twin_wgmma[(programs,)](
         TensorDescriptor.from_tensor(w.view(torch.int8), [64, 64], _shared(64, 8)),
-        TensorDescriptor.from_tensor(x, [bm, 64], _shared(64, 8)),
+        TensorDescriptor.from_tensor(x, [bm, 64], _shared(64 * x.element_size(), 8 * x.element_size())),
         TensorDescriptor.from_tensor(t2, [bm, half], _shared(2 * half, 16)),
         TensorDescriptor.from_tensor(y2, [bm // pieces, 64], _shared(128, 16)),
         TensorDescriptor.from_tensor(added, [bm // pieces, 64], _shared(128, 16)),
-        scale, channel, x_scale, w if up is None else up, scale if up is None else up_scale,
+        scale, channel, _or(x_scale, channel), w if up is None else up, scale if up is None else up_scale,
         _or(bias, y), partials, counters, p.t, p.n, p.k,
-        BM=bm, STAGES=stages, GROUP_STEPS=p.group // 128, R=p.r, SPLIT=splits > 1,
+        BM=bm, STAGES=_stages(p, bm, ctas), GROUP_STEPS=p.group // 128, R=p.r, SPLIT=splits > 1,
         HAS_BIAS=bias is not None, HAS_ADDEND=addend is not None, PIECES=pieces,
         REGISTERS={1: 240, 2: 104, 3: 72}[ctas], PDL=_dependent(p),
         num_warps=4, launch_pdl=_dependent(p), **registers,

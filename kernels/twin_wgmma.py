@@ -1,16 +1,16 @@
-"""Gluon kernel of ``tqcompile::twin_gemm`` on Hopper: int8 ``wgmma`` with the 4-bit weights as register operand.
+"""Gluon kernel of ``tqcompile::twin_gemm`` on Hopper: ``wgmma`` with the 4-bit weights as register operand.
 
 y^T = W x^T. A program has three warp-specialised parts: one warp copies tiles of packed weights, of x and of t with
 TMA through a ring of STAGES buffers; two warpgroups each take 64 of a tile's 128 rows, unpack their weights in
 registers and multiply. While one unpacks, the tensor cores work for the other.
 
-Group scales are a row's number times an integer m in 1 .. 16 (``channel_scale``), and q * m fits in int8. So the
-unpacking multiplies by m, the sum stays in int32 over all of K, and only the epilogue scales: x_scale, channel
-scale, ``up @ t`` in 16-bit floats with fp32 sums, bias, addend.
+Group scales are a row's number times an integer m in 1 .. 16 (``channel_scale``), and q * m is exact in int8, bf16 and
+fp16. So the unpacking multiplies by m, one sum (int32, fp32 for floating-point x) lives over all of K, and only the
+epilogue scales: x_scale, channel scale, ``up @ t`` in 16-bit floats with fp32 sums, bias, addend.
 
 Programs are persistent and take tile after tile. With SPLIT they share all tiles evenly, in steps of K: the parts of a
-tile go to global memory as int32, and the last program to arrive adds them. Integer sums are exact, so the bits do
-not depend on who was last.
+tile go to global memory, and the last program to arrive adds them in the order of K, so the bits do not depend on who
+was last.
 """
 
 from triton.experimental import gluon
@@ -35,6 +35,17 @@ _UNPACK = gl.constexpr("""{ .reg .b32 l, h;
     shr.u32 h, $2, 4; and.b32 h, h, 0x0F0F0F0F; xor.b32 h, h, 0x08080808;
     mad.lo.u32 l, l, $3, $7; mad.lo.u32 h, h, $3, $7;
     xor.b32 $0, l, 0x80808080; xor.b32 $1, h, 0x80808080; }""")
+# The same to floats: $0, $1 the low nibbles times m, $2, $3 the high ones. A byte u = q + 8 under the byte of 128.0
+# (bf16; 1024.0 in fp16) is the number 128 + u, and (128 + u) * m - 136 * m is exact. $5, $6: m; $7, $8: -136 m.
+_FLOATS = """{ .reg .b32 l, h;
+    lop3.b32 l, $4, 0x0F0F0F0F, 0x08080808, 0x6A;
+    shr.u32 h, $4, 4; lop3.b32 h, h, 0x0F0F0F0F, 0x08080808, 0x6A;
+    prmt.b32 $0, l, BASE, 0x4140; prmt.b32 $1, l, BASE, 0x4342;
+    prmt.b32 $2, h, BASE, 0x4140; prmt.b32 $3, h, BASE, 0x4342;
+    fma.rn.TYPE $0, $0, $5, $7; fma.rn.TYPE $1, $1, $6, $8;
+    fma.rn.TYPE $2, $2, $5, $7; fma.rn.TYPE $3, $3, $6, $8; }"""
+_UNPACK_BF16 = gl.constexpr(_FLOATS.replace("BASE", "0x43434343").replace("TYPE", "bf16x2"))
+_UNPACK_FP16 = gl.constexpr(_FLOATS.replace("BASE", "0x64646464").replace("TYPE", "f16x2"))
 
 
 @gluon.jit
@@ -79,6 +90,23 @@ def _operand(w, scale, inverse):
 
 
 @gluon.jit
+def _float_operand(w, scale, inverse, FLOAT: gl.constexpr):
+    """As :func:`_operand`, to 16-bit floats."""
+    m = gl.floor(scale.to(gl.float32) * inverse + 0.5)
+    if gl.bfloat16 == FLOAT:
+        args = [w, gl.expand_dims(m.to(FLOAT), 1), gl.expand_dims((m * -136).to(FLOAT), 1)]
+        low, high = gl.inline_asm_elementwise(
+            _UNPACK_BF16, "=&r,=&r,=&r,=&r,r,r,r,r,r", args, dtype=(gl.bfloat16, gl.bfloat16), is_pure=False, pack=4
+        )
+    else:
+        args = [w, gl.expand_dims(m.to(FLOAT), 1), gl.expand_dims((m * -1032).to(FLOAT), 1)]
+        low, high = gl.inline_asm_elementwise(
+            _UNPACK_FP16, "=&r,=&r,=&r,=&r,r,r,r,r,r", args, dtype=(gl.float16, gl.float16), is_pure=False, pack=4
+        )
+    return low, high
+
+
+@gluon.jit
 def _copy_tiles(
     w_desc, x_desc, t_desc, ws, xs, ts, full, empty, t_full, t_empty, T, N, K,
     BM: gl.constexpr, STAGES: gl.constexpr, R: gl.constexpr, SPLIT: gl.constexpr, PDL: gl.constexpr,
@@ -94,7 +122,7 @@ def _copy_tiles(
         for step in range(begin, end):
             mbarrier.wait(empty.index(slot), phase)
             bar = full.index(slot)
-            mbarrier.expect(bar, ROWS * 64 + 2 * BM * 64)
+            mbarrier.expect(bar, ROWS * 64 + 2 * BM * 64 * (x_desc.dtype.primitive_bitwidth // 8))
             tma.async_copy_global_to_shared(w_desc, [n0, step * 64], bar, ws.index(2 * slot))
             tma.async_copy_global_to_shared(w_desc, [n0 + 64, step * 64], bar, ws.index(2 * slot + 1))
             if PDL:
@@ -131,8 +159,10 @@ def _add_parts(acc, tile, steps, tiles, partials, counter, HALF: gl.constexpr, B
     gl.thread_barrier()  # all stores come before the one thread's release
     is_last = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == highest - lowest
     if is_last:
+        if acc.dtype != gl.int32:  # in one order; integers need none, and keep their own part in registers
+            flat = gl.zeros_like(flat)
         for other in range(lowest, highest + 1):
-            if other != pid:
+            if (other != pid) | (acc.dtype != gl.int32):
                 theirs = 2 * other + (tile != total * other // programs // steps).to(gl.int32)
                 flat += gl.load(partials + (2 * theirs + HALF).to(gl.int64) * SIZE + at, cache_modifier=".cg")
         gl.store(counter, 0)  # clean for the next launch and for graph replay
@@ -142,7 +172,7 @@ def _add_parts(acc, tile, steps, tiles, partials, counter, HALF: gl.constexpr, B
 
 @gluon.jit
 def _multiply(
-    HALF: gl.constexpr, y_desc, a_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, a_full,
+    HALF: gl.constexpr, x_desc, y_desc, a_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, a_full,
     scale, channel, x_scale, up, up_scale, bias, partials, counters, T, N, K,
     BM: gl.constexpr, STAGES: gl.constexpr, GROUP_STEPS: gl.constexpr, R: gl.constexpr, SPLIT: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_ADDEND: gl.constexpr, PIECES: gl.constexpr, PDL: gl.constexpr,
@@ -151,8 +181,9 @@ def _multiply(
     WIDTH: gl.constexpr = BM if BM < 128 else 128  # of one instruction
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
     mma16: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    weights: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
+    INT: gl.constexpr = x_desc.dtype == gl.int8
     weights16: gl.constexpr = gl.DotOperandLayout(0, mma16, 2)
+    weights: gl.constexpr = gl.DotOperandLayout(0, mma, 4) if INT else weights16
     out: gl.constexpr = y_desc.dtype
 
     steps, tiles_n, tiles_m = K // 128, (N + ROWS - 1) // ROWS, (T + BM - 1) // BM
@@ -192,10 +223,11 @@ def _multiply(
 
         s = gl.load(scale_at + begin // GROUP_STEPS)
         s_next = gl.load(scale_at + gl.minimum(begin + 1, steps - 1) // GROUP_STEPS)
-        acc = gl.zeros([64, BM], gl.int32, mma)
+        acc = gl.zeros([64, BM], gl.int32, mma) if INT else gl.zeros([64, BM], gl.float32, mma16)
         for step in range(begin, end):
             mbarrier.wait(full.index(slot), phase)
-            low, high = _operand(ws.index(2 * slot + HALF).load(weights), s, inverse)
+            w = ws.index(2 * slot + HALF).load(weights)
+            low, high = _operand(w, s, inverse) if INT else _float_operand(w, s, inverse, x_desc.dtype)
             even, odd = xs.index(2 * slot).permute((1, 0)), xs.index(2 * slot + 1).permute((1, 0))
             acc = warpgroup_mma(low, even, acc, use_acc=step != begin, is_async=True)
             acc = warpgroup_mma(high, odd, acc, is_async=True)
@@ -218,18 +250,18 @@ def _multiply(
             mbarrier.wait(t_full, i & 1)
         if finish:
             m = m0 + gl.arange(0, BM, gl.SliceLayout(0, mma))
-            x_s = gl.expand_dims(gl.load(x_scale + m, mask=m < T, other=0.0), 0)
+            # With a low rank in units of up_scale, so that up @ t is added by the tensor cores.
+            y = gl.convert_layout(acc.to(gl.float32), mma, assert_trivial=True)
+            y *= gl.expand_dims(c / up_s if R > 0 else c, 1)
+            if INT:
+                y *= gl.expand_dims(gl.load(x_scale + m, mask=m < T, other=0.0), 0)
             if R > 0:
-                # In units of up_scale, so that up @ t is added by the tensor cores.
-                y = acc.to(gl.float32) * gl.expand_dims(c / up_s, 1) * x_s
                 u_low, u_high = ((u << 4) >> 4).to(out), (u >> 4).to(out)
                 y = gl.convert_layout(y, mma16, assert_trivial=True)
                 y = warpgroup_mma(u_low, ts.index(0).permute((1, 0)), y, is_async=True)
                 y = warpgroup_mma(u_high, ts.index(1).permute((1, 0)), y, is_async=True)
                 y = warpgroup_mma_wait(0, deps=[y])
                 y = gl.convert_layout(y, mma, assert_trivial=True) * gl.expand_dims(up_s, 1)
-            else:
-                y = acc.to(gl.float32) * gl.expand_dims(c, 1) * x_s
             if HAS_BIAS:
                 y += gl.expand_dims(gl.load(bias + n_safe).to(gl.float32), 1)
             pieces = (y,) if PIECES == 1 else gl.split(gl.permute(gl.reshape(y, [64, 2, BM // 2]), (0, 2, 1)))
@@ -268,14 +300,14 @@ def twin_wgmma(
 ):  # fmt: skip
     """Tiles of 128 rows times BM tokens; y goes out in PIECES. GROUP_STEPS steps of 128 channels share a scale.
 
-    Descriptors: packed weights (N, K/2) int8 in boxes (64, 64); x (T, K) int8 planes in (BM, 64); t (T, R) planes in
-    (BM, R/2); y and the addend (T, N) in (BM / PIECES, 64). partials: 4 * 64 * BM int32 a
-    program; counters: 2 a tile, zero.
+    Descriptors: packed weights (N, K/2) int8 in boxes (64, 64); x (T, K) planes, int8 or of the dtype of y, in
+    (BM, 64); t (T, R) planes in (BM, R/2); y and the addend (T, N) in (BM / PIECES, 64). partials: 4 * 64 * BM int32,
+    fp32 for floating-point x, a program; counters: 2 a tile, zero.
     REGISTERS: of a thread of the second warpgroup; the first gets what is left.
     """
     out: gl.constexpr = y_desc.dtype
     ws = gl.allocate_shared_memory(gl.int8, [2 * STAGES, 64, 64], w_desc.layout)
-    xs = gl.allocate_shared_memory(gl.int8, [2 * STAGES, BM, 64], x_desc.layout)
+    xs = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, BM, 64], x_desc.layout)
     ys = gl.allocate_shared_memory(out, [2, BM // PIECES, 64], y_desc.layout)
     ts = gl.allocate_shared_memory(out, [2, BM if R > 0 else 8, R // 2 if R > 0 else 32], t_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -296,12 +328,12 @@ def twin_wgmma(
     # fmt: off
     gl.warp_specialize(
         [
-            (_multiply, (0, y_desc, a_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, a_full, scale, channel,
-                         x_scale, up, up_scale, bias, partials, counters, T, N, K, BM, STAGES, GROUP_STEPS, R, SPLIT,
-                         HAS_BIAS, HAS_ADDEND, PIECES, PDL)),
-            (_multiply, (1, y_desc, a_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, a_full, scale, channel,
-                         x_scale, up, up_scale, bias, partials, counters, T, N, K, BM, STAGES, GROUP_STEPS, R, SPLIT,
-                         HAS_BIAS, HAS_ADDEND, PIECES, PDL)),
+            (_multiply, (0, x_desc, y_desc, a_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, a_full, scale,
+                         channel, x_scale, up, up_scale, bias, partials, counters, T, N, K, BM, STAGES, GROUP_STEPS, R,
+                         SPLIT, HAS_BIAS, HAS_ADDEND, PIECES, PDL)),
+            (_multiply, (1, x_desc, y_desc, a_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, a_full, scale,
+                         channel, x_scale, up, up_scale, bias, partials, counters, T, N, K, BM, STAGES, GROUP_STEPS, R,
+                         SPLIT, HAS_BIAS, HAS_ADDEND, PIECES, PDL)),
             (_copy_tiles, (w_desc, x_desc, t_desc, ws, xs, ts, full, empty, t_full, t_empty, T, N, K, BM, STAGES, R,
                            SPLIT, PDL)),
         ],

@@ -199,10 +199,9 @@ class FusePrologue(Pass):
 
     def _insert_gemm(self, gm, site: _Site, twin, last, addend, parts: dict, channel_scales: dict) -> torch.fx.Node:
         """The gemm of ``twin`` in the place of ``last``, the linear itself or the addition behind it."""
-        given, channel = op_arguments(twin), None
+        given = op_arguments(twin)
         with gm.graph.inserting_before(last):
-            if site.act_bits != 16:
-                channel = self._channel_scale(gm, given["residual_scale"], channel_scales)
+            channel = self._channel_scale(gm, given["residual_scale"], channel_scales)
             args = (parts["operand"], parts.get("operand_scale"), parts.get("t"))
             args += (given["residual"], given["residual_scale"], channel, given["up"], given["up_scale"])
             return call_op(gm.graph, GEMM, (*args, given["bias"], addend, site.dtype), twin.meta)

@@ -94,9 +94,10 @@ FORMS = [
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_a_linear_becomes_two_ops(form, dtype):
     gm, got, want = fused(Plain(**form), torch.randn(2, 3, K).to(dtype))
-    # With 4 bits the scale is divided before the product and not after it.
+    # With 4 bits the scale is divided before the product and not after it: a rounding of each component, and where the
+    # two cancel they are larger than their sum.
     eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(only(got), want, rtol=2 * eps, atol=2 * eps)
+    torch.testing.assert_close(only(got), want, rtol=2 * eps, atol=2 * eps * want.abs().max().item())
     assert_only_new_ops(gm)
     (prologue,), (gemm,) = arguments(gm), arguments(gm, GEMM)
     bits = form.get("act_bits", 8)

@@ -40,7 +40,7 @@ class Problem:
 
     @property
     def form(self) -> str:
-        return tuning.form_of(self.operand, self.grid and self.operand == torch.int8, self.group_size, self.rank)
+        return tuning.form_of(self.operand, self.grid, self.group_size, self.rank)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +258,7 @@ def twin_gemm_arguments(problem: Problem, tokens: int, seed: int, device: str = 
     else:
         operand, scale = normal(tokens, k), None
     low_rank = (normal(tokens, rank), packed(n, rank), (m[:, :1] * 0.01).bfloat16()) if rank else (None, None, None)
-    channel = unit[:, 0].float() if integer and problem.grid else None
+    channel = unit[:, 0].float() if problem.grid else None
     weights = (packed(n, k), (unit * m).bfloat16(), channel)
     return (operand, scale, low_rank[0], *weights, *low_rank[1:], None, None, torch.bfloat16)
 

@@ -58,6 +58,14 @@ ODD = [
     (wgmma(256), 257, 1000, 384, 64, INT8, FP16, {"addend": True}),
     (wgmma(256, 3), 700, 136, 1536, 128, INT8, BF16, {}),
     (wgmma(256), 1000, 4096, 256, None, INT8, BF16, {}),
+    (wgmma(8, ctas=2), 3, 72, 128, 32, BF16, BF16, {"addend": True}),
+    (wgmma(16, 3, ctas=3), 13, 200, 2048, 128, FP16, FP16, {"bias": False}),
+    (wgmma(32, 4, ctas=2), 33, 136, 2048, None, BF16, BF16, {"addend": True}),
+    (wgmma(64, 2, ctas=2), 100, 264, 1152, 64, BF16, BF16, {"group": 384}),
+    (wgmma(128, 8), 130, 264, 4096, 64, BF16, BF16, {"addend": True}),
+    (wgmma(256), 257, 1000, 384, 64, FP16, FP16, {"addend": True}),
+    (wgmma(256, 3), 700, 136, 1536, 64, BF16, BF16, {}),
+    (wgmma(128), 700, 136, 1536, 128, BF16, BF16, {}),
     (None, (2, 3), 70, 192, 6, INT8, torch.float32, {"group": 64}),
     (None, 100, 130, 384, 48, BF16, BF16, {"addend": True}),
     (None, 3, 40, 192, 6, torch.float32, torch.float32, {"group": 192}),
@@ -100,9 +108,10 @@ def test_no_tokens():
     assert run(random_args(0, 512, 1024, 64, INT8, BF16)).shape == (0, 512)
 
 
+@pytest.mark.parametrize("operand", [INT8, BF16])
 @pytest.mark.parametrize("t", [1, 5, 16, 60, 130, 512])
-def test_a_thousand_launches_give_the_same_bits(t):
-    args = random_args(t, 4096, 4096, 64, INT8, BF16)
+def test_a_thousand_launches_give_the_same_bits(t, operand):
+    args = random_args(t, 4096, 4096, 64, operand, BF16)
     first = run(args)
     different = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(1000):
