@@ -281,4 +281,4 @@ def _addition(twin: torch.fx.Node) -> tuple[torch.fx.Node | None, torch.fx.Node 
 def _no_kernel(node: torch.fx.Node) -> str | None:
     found = implementation(node)
     on_cpu = example_value(node.args[0]).device.type == "cpu"
-    return None if on_cpu or found == "triton" else f"{node.target._schema.name.split('::')[1]}: {found}"
+    return None if on_cpu or found.startswith("triton") else f"{node.target._schema.name.split('::')[1]}: {found}"

@@ -1,8 +1,9 @@
 """Names the implementation of every op of ours: the one place where that decision can be read.
 
 In: nodes of ours with example values.
-Out: the same graph; ``gm.meta["lower"]`` maps node name -> "triton" or "reference: <reason>". The op itself
-dispatches by the same predicate when it runs. On CUDA a reference is logged, once per op and reason.
+Out: the same graph; ``gm.meta["lower"]`` maps node name -> "triton", "triton: <form>" where an op has kernels of
+several forms and the graph fixes the number of tokens, or "reference: <reason>". The op itself dispatches by the same
+predicates when it runs. On CUDA a reference is logged, once per op and reason.
 Must hold after: every node of ours has an entry.
 """
 
@@ -10,7 +11,7 @@ import torch
 import torch.fx
 
 from tqcompile import ops  # noqa: F401  (registers the ops)
-from tqcompile.ops.dispatch import kernel_or_reason, reason_unsupported
+from tqcompile.ops.dispatch import kernel_form, kernel_or_reason, reason_unsupported
 from tqcompile.passes.base import Pass
 from tqcompile.passes.buffers import example_value, op_arguments
 
@@ -45,13 +46,17 @@ class Lower(Pass):
 
 
 def implementation(node: torch.fx.Node) -> str:
-    """What runs a node of ours whose arguments have example values: "triton" or "reference: <reason>"."""
+    """What runs a node of ours whose arguments have example values: see the module's docstring."""
     values = _values(node)
     device = values[0].device.type
     if device != "cuda":
         return f"reference: there is no kernel for device {device}"
     reason = reason_unsupported(op_name(node), *values)
-    return "triton" if reason is None else f"reference: {reason}"
+    if reason is not None:
+        return f"reference: {reason}"
+    sizes = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
+    form = kernel_form(op_name(node), *values) if all(isinstance(size, int) for size in sizes) else None
+    return f"triton: {form}" if form else "triton"
 
 
 def _values(node: torch.fx.Node) -> list:

@@ -56,6 +56,18 @@ def test_on_cuda_the_kernel_decides(monkeypatch):
     assert asked == [((3, 64), torch.float32, "cuda", 2), ((3, 64), torch.int8, "cuda", 10)]
 
 
+def test_the_form_of_a_kernel_is_named_where_the_graph_fixes_it(monkeypatch):
+    class Kernel:
+        unsupported = staticmethod(lambda *args: None)
+        describe = staticmethod(lambda x, *args: f"form for {x.shape[0]} tokens")
+
+    monkeypatch.setattr(dispatch, "_load", lambda op: (Kernel, None))
+    gm = graph("cuda")
+    run_passes(gm, [Lower()])
+    assert set(gm.meta["lower"].values()) == {"triton: form for 3 tokens"}
+    assert dispatch.kernel_form("twin_gemm", torch.empty(0, 64)) is None
+
+
 def test_a_fallback_on_cuda_is_named_and_logged_once(monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "_load", lambda op: (None, "no Triton here, says the test"))
     with caplog.at_level(logging.WARNING, logger="tqcompile"):

@@ -25,7 +25,7 @@ def calibration(tokenizer):
 def assert_every_op_runs_its_kernel():
     lowered = [choice for report in backend.reports for choice in report.lowered.values()]
     assert lowered
-    assert set(lowered) == {"triton"}
+    assert {found.partition(":")[0] for found in lowered} == {"triton"}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

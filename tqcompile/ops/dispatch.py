@@ -1,6 +1,7 @@
 """Finding the Triton kernel of an op, and the reason when there is none.
 
-A kernel module ``tqcompile.kernels.<op>`` offers ``unsupported(*args) -> str | None`` and ``launch(*args)``.
+A kernel module ``tqcompile.kernels.<op>`` offers ``unsupported(*args) -> str | None`` and ``launch(*args)``;
+one with several forms also ``describe(*args) -> str``, the form's name.
 Triton is imported here and nowhere earlier, on the first CUDA call.
 """
 
@@ -28,6 +29,12 @@ def reason_unsupported(op: str, *args) -> str | None:
     """Why the kernel of ``op`` cannot serve these arguments (shapes and dtypes only), or None if it can."""
     module, reason = _load(op)
     return reason if module is None else module.unsupported(*args)
+
+
+def kernel_form(op: str, *args) -> str | None:
+    """Which of its kernels an op uses for arguments that it supports; None where it has one, or no tokens."""
+    describe = getattr(_load(op)[0], "describe", None)
+    return describe(*args) if describe and args[0].numel() else None
 
 
 def kernel_or_reason(op: str, *args):
