@@ -32,6 +32,7 @@ def separate(args):
     from tqcompile.ops.prologue import _produce
 
     _, _, _, scale, rotation, _, _, kind, eps, _, _ = args
+    torch._dynamo.reset()  # after eight shapes it would stop to compile
     produce = torch.compile(lambda x, other, gain: _produce(x, other, gain, kind, eps), dynamic=False)
     return lambda x, other, gain: ops.quantize_activation(produce(x, other, gain)[0], scale, rotation)
 
