@@ -7,7 +7,6 @@ type or a second time. Dequantization is never folded: that would undo the 4 bit
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from onnxscript.optimizer import fold_constants
 
 LARGEST = 1 << 16
 KEPT = ("DequantizeLinear", "MatMulNBits")
@@ -15,6 +14,8 @@ KEPT = ("DequantizeLinear", "MatMulNBits")
 
 class FoldConstants(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
+        from onnxscript.optimizer import fold_constants
+
         result = fold_constants(
             model,
             input_size_limit=LARGEST,

@@ -13,7 +13,9 @@ off on both sides, which proves weights and graph; the file as it is must then s
 """
 
 import dataclasses
+import inspect
 import json
+import math
 import re
 import tempfile
 from collections import Counter
@@ -106,6 +108,15 @@ def is_causal_lm(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     generates = getattr(model, "can_generate", None)
     return bool(config is not None and generates and generates() and not config.is_encoder_decoder)
+
+
+def usual_inputs(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The inputs (b, s) int64 that a tokenizer gives a Hugging Face model; token types where the model has several."""
+    given = {"input_ids": ids, "attention_mask": mask}
+    takes = "token_type_ids" in inspect.signature(model.forward).parameters
+    if takes and getattr(model.config, "type_vocab_size", 0) > 1:
+        given["token_type_ids"] = (ids.cumsum(-1) > ids.sum(-1, keepdim=True) // 2).long()
+    return given
 
 
 def verify(
@@ -202,14 +213,12 @@ def _sources(node) -> list[str]:
 
 
 def _layer_bytes(proto, layers: set[str]) -> int:
-    """Bytes of the initializers that nodes of these layers read."""
+    """Bytes of the initializers that nodes of these layers read; integers of 64 bits are shapes, not weights."""
     import onnx_ir as ir
 
     read = {name for node in proto.graph.node if layers.issuperset(_sources(node)) for name in node.input}
-    sizes = {
-        t.name: (ir.DataType(t.data_type).itemsize, np.prod(t.dims, dtype=np.int64)) for t in proto.graph.initializer
-    }
-    return sum(int(np.ceil(itemsize * count)) for name, (itemsize, count) in sizes.items() if name in read)
+    weights = [t for t in proto.graph.initializer if t.name in read and t.data_type != ir.DataType.INT64]
+    return sum(math.ceil(ir.DataType(t.data_type).itemsize * math.prod(t.dims)) for t in weights)
 
 
 def _skipped(model: nn.Module) -> dict[str, str]:
@@ -357,7 +366,7 @@ def _batches(model: nn.Module, example: Mapping[str, torch.Tensor] | None) -> li
     ids = _prompt(model, None)
     mask = torch.ones_like(ids)
     mask[-1, -2:] = 0
-    batch = {"input_ids": ids, "attention_mask": mask}
+    batch = usual_inputs(model, ids, mask)
     return [batch, {name: tensor[:1, :-3].contiguous() for name, tensor in batch.items()}]
 
 

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel, Qwen3Config, Qwen3ForCausalLM
 import tqcompile
 from tqcompile.errors import ExportError
 from tqcompile.exporters import portable
-from tqcompile.exporters.session import generate, open_session
+from tqcompile.exporters.session import open_session
 from tqcompile.exporters.verify import verify
 from tqcompile.modules import TwinLinear
 
@@ -219,14 +219,15 @@ def test_an_encoder_gives_its_last_hidden_state(tmp_path):
     assert model.training
     assert report.difference < 1e-5
     runtime = tqcompile.ort_session(report.path, optimize=False)
-    assert [i.name for i in runtime.get_inputs()] == ["input_ids", "attention_mask"]
+    assert [i.name for i in runtime.get_inputs()] == ["input_ids", "attention_mask", "token_type_ids"]
     assert [o.name for o in runtime.get_outputs()] == ["last_hidden_state"]
     assert report.ops["com.tqcompile::TwinLinearBias"] == 8
     mask = torch.ones(3, 7, dtype=torch.int64)
     mask[1, 4:] = 0
-    actual = runtime.run(None, {"input_ids": prompt(3, 7).numpy(), "attention_mask": mask.numpy()})[0]
+    feed = {"input_ids": prompt(3, 7), "attention_mask": mask, "token_type_ids": prompt(3, 7) % 2}
+    actual = runtime.run(None, {name: tensor.numpy() for name, tensor in feed.items()})[0]
     with torch.no_grad():
-        expected = model.eval()(input_ids=prompt(3, 7), attention_mask=mask).last_hidden_state.numpy()
+        expected = model.eval()(**feed).last_hidden_state.numpy()
     assert np.median(np.abs(actual - expected).max(-1)) < 1e-5 * np.abs(expected).max()
 
 
@@ -284,7 +285,7 @@ def test_a_failing_move_puts_every_file_back(tmp_path, monkeypatch, failing):
         original(source, destination)
 
     monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(ExportError, match="cannot move the exported model to .*disk says no"):
+    with pytest.raises(ExportError, match=r"cannot move the exported model to .*disk says no"):
         tqcompile.export_onnx(model, tmp_path / "model.onnx", example={"x": X}, overwrite=True)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"model.onnx": b"good", "model.onnx.data": b"good"}
 
