@@ -32,7 +32,7 @@ from tqcompile.errors import ExportError
 from tqcompile.exporters.beside import write_beside
 from tqcompile.exporters.session import require
 from tqcompile.exporters.trace import decoder_program, plain_program, trace
-from tqcompile.exporters.verify import FORM, Verification, is_causal_lm, verify
+from tqcompile.exporters.verify import DECODE_STEPS, FORM, Verification, is_causal_lm, verify
 from tqcompile.modules import QUANTIZED, Int8Linear, PackedWeight, Transform, TwinLinear
 from tqcompile.passes.capture import eval_mode
 
@@ -51,6 +51,7 @@ def export_onnx(
     tokenizer=None,
     example: Mapping[str, torch.Tensor] | None = None,
     overwrite: bool = False,
+    verify_steps: int = DECODE_STEPS,
 ) -> Verification:
     """Export a quantized model to ``path``, check it in ONNX Runtime, and only then put it in place.
 
@@ -74,6 +75,7 @@ def export_onnx(
             default is random input_ids and an attention_mask. A causal model takes only its ``input_ids``, as prompt
             of the verification.
         overwrite: replace files that exist; without it they are an error.
+        verify_steps: tokens that the verification decodes; fewer save time with a model of many gigabytes.
     Returns:
         what was verified (:class:`tqcompile.exporters.verify.Verification`), the layers that stay in floating point
         and the reasons included; it is path-like.
@@ -105,7 +107,7 @@ def export_onnx(
         finish(program, form, opset)
         _describe(program, model, form)
         _save(program, draft)
-        verification = verify(draft, model, example=example)
+        verification = verify(draft, model, example=example, steps=verify_steps)
         _move_into_place(draft.parent, target.parent, Path(scratch.name))
     verification.path = target
     return verification

@@ -23,23 +23,24 @@ KEPT_BYTES = 1 << 30
 
 
 @contextmanager
-def dense_weights() -> Iterator[None]:
-    """Inside, twin_linear on the CPU unpacks every weight once and keeps it, up to ``KEPT_BYTES`` in all.
+def dense_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, twin_linear on the CPU unpacks every weight once and keeps it, if all take at most ``KEPT_BYTES``.
 
     Unpacking takes nearly all of the time of a decoding step of the eager model.
     """
-    kept: dict[tuple, tuple] = {}
+    layers = [module for module in model.modules() if isinstance(module, TwinLinear)]
+    if sum(4 * layer.in_features * layer.out_features for layer in layers) > KEPT_BYTES:
+        yield
+        return
+    kept: dict[tuple[int, int], torch.Tensor] = {}
     module = importlib.import_module("tqcompile.ops.twin_linear")
     original = module.dequantize_int4
 
     def dequantize(packed, scale):
-        key = packed.data_ptr(), scale.data_ptr(), packed.shape
+        key = packed.data_ptr(), scale.data_ptr()  # buffers of the model, which lives on
         if key not in kept:
-            dense = original(packed, scale)
-            if sum(tensor.nbytes for tensor, *_ in kept.values()) + dense.nbytes > KEPT_BYTES:
-                return dense
-            kept[key] = dense, packed, scale  # all three, so that no address is used again
-        return kept[key][0]
+            kept[key] = original(packed, scale)
+        return kept[key]
 
     with mock.patch.object(module, "dequantize_int4", dequantize):
         yield

@@ -139,7 +139,7 @@ def verify(
     proto = _check_file(path)
     form = next((entry.value for entry in proto.metadata_props if entry.key == FORM), "portable")
     replay = Replay(model, unrounded=form == "ort")
-    with eval_mode(model), torch.no_grad(), dense_weights():
+    with eval_mode(model), torch.no_grad(), dense_weights(model):
         runtime = _Runtime(path, proto, exact=True)
         expected, actual, replayed = _compare(runtime, model, replay, example, steps)
         peak = max(float(np.abs(expected).max()), 1e-30)

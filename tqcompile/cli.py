@@ -64,6 +64,7 @@ def export(
     opset: Annotated[int, typer.Option(help="Version of the standard operators, 21 to 23.")] = 21,
     past: Annotated[bool, typer.Option(help="Key/value cache as inputs and outputs.")] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace files that exist.")] = False,
+    verify_steps: Annotated[int, typer.Option(help="Tokens decoded in the check of the file.")] = 32,
 ) -> None:
     """Export to ONNX, check the file against the model, and copy configuration and tokenizer beside it."""
     import torch
@@ -77,8 +78,8 @@ def export(
     check_target(onnx, overwrite)
     loaded = tqcompile.load(model, dtype=torch.float32)
     tokenizer = model if (model / "tokenizer_config.json").is_file() else None
-    settings = {"form": form, "opset": opset, "with_past": past, "tokenizer": tokenizer, "overwrite": overwrite}
-    typer.echo(tqcompile.export_onnx(loaded, onnx, **settings))
+    settings = {"form": form, "opset": opset, "with_past": past, "overwrite": overwrite, "verify_steps": verify_steps}
+    typer.echo(tqcompile.export_onnx(loaded, onnx, tokenizer=tokenizer, **settings))
 
 
 def main() -> None:
