@@ -46,16 +46,13 @@ def _merge(graph: ir.Graph, family: list[ir.Node]) -> ir.Node:
     given = _inputs(family[0])
     for key in STACKED:
         if given[key] is not None:
-            # Two outputs: torch may have given equal tensors of different layers one initializer.
             given[key] = _stack(graph, f"{name}.{key}", [_inputs(node)[key] for node in family])
     widths = [_inputs(node)["residual"].shape[0] for node in family]
-    sizes = ir.Value(name=f"{name}.sizes", const_value=ir.tensor(np.array(widths), name=f"{name}.sizes"))
-    sizes.dtype, sizes.shape = sizes.const_value.dtype, sizes.const_value.shape
-    graph.register_initializer(sizes)
+    sizes = _initializer(graph, f"{name}.sizes", ir.tensor(np.array(widths)))
     wide = ir.node("TwinLinear", list(given.values()), domain=DOMAIN, attributes=family[0].attributes, name=name)
     split = ir.node("Split", [wide.outputs[0], sizes], {"axis": -1}, num_outputs=len(family), name=f"{name}.split")
     old = [node.outputs[0] for node in family]
-    wide.outputs[0].name, wide.outputs[0].shape = f"{name}.y", ir.Shape([*old[0].shape[:-1], sum(widths)])
+    wide.outputs[0].shape = ir.Shape([*old[0].shape[:-1], sum(widths)])
     for value in (wide.outputs[0], *old):
         value.dtype = ir.DataType.FLOAT
     for node in (wide, split):
@@ -72,7 +69,12 @@ def _stack(graph: ir.Graph, name: str, parts: list[ir.Value]) -> ir.Value:
     def rows() -> ir.TensorProtocol:
         return ir.tensor(np.concatenate([tensor.numpy() for tensor in tensors]), name=name)
 
-    value = ir.Value(name=name, shape=shape, type=parts[0].type)
-    value.const_value = ir.LazyTensor(rows, dtype=tensors[0].dtype, shape=shape, name=name)
-    graph.register_initializer(value)
-    return value
+    return _initializer(graph, name, ir.LazyTensor(rows, dtype=tensors[0].dtype, shape=shape, name=name))
+
+
+def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """A new initializer, or the one of that name: layers that are called twice are merged twice, in the same way."""
+    if name not in graph.initializers:
+        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        graph.register_initializer(value)
+    return graph.initializers[name]

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from tqcompile.errors import ExportError
 from tqcompile.exporters.portable import (
     DOMAIN,
     add_function,
@@ -114,7 +115,11 @@ def _to_blocks(graph, part: str, given: dict, bits: int) -> dict[str, int]:
 def _block_size(k: int, groups: int) -> int:
     if groups == 1:
         return next((block for block in reversed(BLOCKS) if block >= k), BLOCKS[0])
-    return next(block for block in BLOCKS if (k // groups) % block == 0)  # groups are multiples of 32
+    size = k // groups
+    block = next((block for block in BLOCKS if size % block == 0), None)
+    if block is None:
+        raise ExportError(f"group size {size} cannot be cut into the blocks of MatMulNBits. Use form='portable'.")
+    return block
 
 
 def _product(y: str, x: str, part: str, level: int, bits: int = 4) -> str:

@@ -1,7 +1,7 @@
 """What happens between torch's graph and the file, in order. Imported late: it needs the onnx extra."""
 
 import onnx_ir as ir
-from onnx_ir.passes.common import CommonSubexpressionEliminationPass, InlinePass
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass, InlinePass, NameFixPass
 
 from tqcompile.exporters.fold_constants import FoldConstants
 from tqcompile.exporters.merge_siblings import MergeSiblings
@@ -23,3 +23,4 @@ def finish(model: ir.Model, form: str, opset: int) -> None:
         InlinePass()(model)
         CommonSubexpressionEliminationPass()(model)  # every body brings the same few constants
     FoldConstants()(model)
+    NameFixPass()(model)  # a layer that is called twice is two nodes

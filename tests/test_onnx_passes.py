@@ -6,6 +6,8 @@ import torch
 from random_components import random_components
 from torch import nn
 
+import tqcompile
+from tqcompile.errors import ExportError
 from tqcompile.modules import TwinLinear
 
 ir = pytest.importorskip("onnx_ir")
@@ -108,6 +110,35 @@ def test_what_differs_from_its_siblings_stays_apart(setting):
     MergeSiblings()(program)
     twins = [node for node in program.graph if node.op_type == "TwinLinear"]
     assert [node.metadata_props["tqcompile.source"] for node in twins] == ["q,k,v", "other"]
+
+
+class Recurrent(nn.Module):
+    """Two sibling layers called twice, as in a model that shares its blocks."""
+
+    def __init__(self):
+        super().__init__()
+        first, second = (random_components(n=64, seed=seed, act_bits=8) for seed in (0, 1))
+        for key in ("transform.input_scale", "transform.rotation", "down.weight_packed", "down.weight_scale"):
+            second.tensors[key] = first.tensors[key].clone()
+        self.a, self.b = TwinLinear.from_quantized(first), TwinLinear.from_quantized(second)
+
+    def forward(self, x):
+        x = self.a(x) + self.b(x)
+        return self.a(x) - self.b(x)
+
+
+@pytest.mark.parametrize("form", ["portable", "ort"])
+def test_layers_called_twice_are_merged_twice(tmp_path, form):
+    report = tqcompile.export_onnx(Recurrent(), tmp_path / "m.onnx", form=form, example={"x": X})
+    assert report.difference < 1e-5
+    assert report.ops["ai.onnx::Split"] == 2
+
+
+def test_ort_form_refuses_groups_that_it_has_no_blocks_for(tmp_path):
+    layer = TwinLinear.from_quantized(random_components(group_size=8))
+    with pytest.raises(ExportError, match=r"group size 8 cannot be cut into .* form='portable'"):
+        tqcompile.export_onnx(layer, tmp_path / "m.onnx", form="ort", example={"x": X})
+    assert not list(tmp_path.iterdir())
 
 
 class Constants(nn.Module):
