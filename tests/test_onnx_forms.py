@@ -125,6 +125,7 @@ def test_forms_of_a_decoder(a16, tmp_path, form, opset):
     proto = onnx.load(str(report.path), load_external_data=False)
     assert next(entry.version for entry in proto.opset_import if entry.domain == "") == opset
     assert ("ai.onnx::Attention" in report.ops) == (opset == 23)
+    assert all([entry.key for entry in node.metadata_props] == ["tqcompile.source"] for node in proto.graph.node)
     sources = {entry.value for node in proto.graph.node for entry in node.metadata_props}
     assert "model.layers.0.mlp.gate_proj,model.layers.0.mlp.up_proj" in sources
     assert {"model.embed_tokens", "model.layers.0.self_attn.q_norm", "lm_head"} <= sources
