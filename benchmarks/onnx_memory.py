@@ -7,11 +7,13 @@ memory after each stage, and loads and runs the file once more in a session of i
 """
 
 import argparse
+import contextlib
 import json
 import resource
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -59,6 +61,7 @@ def resident() -> dict[str, float]:
     return {"now": now, "anonymous": anonymous, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
 
 
+@torch.no_grad()
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--form", default="ort", choices=onnx.FORMS)
@@ -69,7 +72,6 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--folder", type=Path, help="where to write; default: the system's temporary folder")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
-    torch.set_grad_enabled(False)
     stages, start = {"start": resident()}, time.perf_counter()
     model = build(args.layers, args.vocabulary, args.small)
     tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
@@ -84,10 +86,10 @@ def main(arguments: list[str] | None = None) -> dict:
 
         return recorded
 
-    for name in ("trace", "_save", "verify"):
-        setattr(onnx, name, record(getattr(onnx, name), name))
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        path = Path(folder) / "model.onnx"
+    with contextlib.ExitStack() as stack:
+        for name in ("trace", "_save", "verify"):
+            stack.enter_context(mock.patch.object(onnx, name, record(getattr(onnx, name), name)))
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=args.folder))) / "model.onnx"
         report = tqcompile.export_onnx(model, path, form=args.form, verify_steps=args.verify_steps)
         seconds = time.perf_counter() - start
         tokens = session.generate(tqcompile.ort_session(path), torch.arange(8)[None].numpy(), 4)

@@ -304,3 +304,13 @@ def test_the_benchmark_times_only_what_is_right(tmp_path, capsys):
         benchmark.gate("a", 10.06, 10.0)
     with pytest.raises(SystemExit, match="nothing is timed"):
         benchmark.gate("a", float("nan"), 10.0)
+
+
+def test_the_memory_benchmark_runs(tmp_path, capsys):
+    quick = ["--small", "--layers=1", "--vocabulary=100", f"--folder={tmp_path}", f"--json={tmp_path / 'memory.json'}"]
+    result = script("onnx_memory").main(quick)
+    assert list(result["stages"]) == ["start", "model", "trace", "_save", "verify"]
+    peaks = [stage["peak"] for stage in result["stages"].values()]
+    assert peaks == sorted(peaks)
+    assert json.loads((tmp_path / "memory.json").read_text()) == result
+    assert "peak" in capsys.readouterr().out
