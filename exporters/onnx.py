@@ -1,8 +1,8 @@
-"""Portable ONNX export: a quantized model as custom ops whose meaning travels in the file.
+"""ONNX export: a quantized model as custom ops whose meaning travels in the file, or as what they mean.
 
-A quantized linear becomes one or two nodes of the domain ``com.tqcompile``, version 1. Every such op comes with a
-model-local function body made of standard operators, so any runtime that inlines functions, stock ONNX Runtime
-among them, runs the file without a library of ours; a runtime that knows the op may replace it by a kernel.
+In the portable form a quantized linear becomes one or two nodes of the domain ``com.tqcompile``, version 1. Every such
+op comes with a model-local function body made of standard operators, so any runtime that inlines functions, stock ONNX
+Runtime among them, runs the file without a library of ours; a runtime that knows the op may replace it by a kernel.
 
 A function body cannot test whether an input is there, and the ONNX reference evaluator ignores function overloads,
 so every combination of inputs is an op of its own name. The plain names are the 8-bit form; a suffix says what
@@ -16,7 +16,7 @@ differs, always in this order:
 A4 reads activations at 4 bits in the residual (attribute ``act_ratio``); A16 takes float activations and no
 ``x_scale``; Single has no low-rank component. Weights are INT4 (K, N), the K-major form that ONNX Runtime fuses into
 its 4-bit matrix product, in blocks of ``group_size`` (``up_group_size`` for ``up``) along K with float32 scales
-(K/g, N). See docs/onnx.md.
+(K/g, N). The inlined form has the bodies in place of the ops; the ort form is in exporters/ort.py. See docs/onnx.md.
 """
 
 import os

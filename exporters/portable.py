@@ -15,6 +15,7 @@ TWIN_INPUTS = (
     *("x", "x_scale", "residual", "residual_scale"),
     *("down", "down_scale", "up", "up_scale", "bias"),
 )
+# An op of another scheme joins here, in lower() with a body, in ort.py, and in the translations of trace.py.
 INPUTS = {"QuantizeActivation": QUANTIZE_INPUTS, "TwinLinear": TWIN_INPUTS, "Int8Linear": INT8_INPUTS}
 SOURCE = "tqcompile.source"
 

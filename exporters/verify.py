@@ -85,13 +85,11 @@ class Verification:
         return str(self.path)
 
     def __str__(self) -> str:
+        custom = ", ".join(f"{name} {count}" for name, count in sorted(self.ops.items()) if name[:8] != "ai.onnx:")
         lines = [
             f"{self.path}: {self.form} form, {self.bytes / 1e6:.1f} MB; quantized layers "
             f"{self.layer_bytes / max(self.fp16_bytes, 1):.3f} of their size in fp16",
-            f"nodes: {sum(self.ops.values())}, of them "
-            + ", ".join(
-                f"{name} {count}" for name, count in sorted(self.ops.items()) if not name.startswith("ai.onnx")
-            ),
+            f"nodes: {sum(self.ops.values())}{', of them ' if custom else ''}{custom}",
             f"ran on {', '.join(f'{name} ({count} kernels)' for name, count in self.ran.items())}",
             f"largest difference from the model: {self.difference:.2g} of the largest output (allowed: "
             f"{self.tolerance:g}), {self.free_difference:.2g} when both run on their own",
