@@ -119,7 +119,7 @@ def test_a_wrong_weight_is_found_in_every_form(tmp_path, form):
 
 @pytest.mark.parametrize(("form", "opset"), [("portable", 23), ("inlined", 23), ("ort", 21)])
 def test_forms_of_a_decoder(a16, tmp_path, form, opset):
-    report = tqcompile.export_onnx(a16, tmp_path / "m.onnx", form=form, opset=opset)
+    report = tqcompile.export_onnx(a16, tmp_path / "m.onnx", form=form, opset=opset, verify_steps=4)
     assert report.difference < 1e-5
     assert report.agreeing == report.positions
     proto = onnx.load(str(report.path), load_external_data=False)
