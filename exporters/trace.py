@@ -10,7 +10,7 @@ from torch import nn
 
 from tqcompile.errors import ExportError
 from tqcompile.exporters.portable import DOMAIN, INT8_INPUTS, QUANTIZE_INPUTS, TWIN_INPUTS
-from tqcompile.exporters.verify import is_causal_lm
+from tqcompile.exporters.verify import is_causal_lm, usual_inputs
 
 TRACE_BATCH, TRACE_PAST, TRACE_NEW = 2, 9, 3  # 0 and 1 would be specialised into the program
 
@@ -87,7 +87,7 @@ def plain_program(model: nn.Module, example: Mapping[str, torch.Tensor] | None):
         if vocabulary is None:
             raise ExportError(f"{type(model).__name__} has no config.vocab_size: pass example={{argument: tensor}}.")
         ids = torch.arange(TRACE_BATCH * TRACE_PAST).reshape(TRACE_BATCH, TRACE_PAST) % vocabulary
-        example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        example = usual_inputs(model, ids, torch.ones_like(ids))
     fixed = {"use_cache": False} if causal else {}
     output = model.forward(**example, **fixed)
     name = next(iter(output.keys())) if isinstance(output, Mapping) else "output"

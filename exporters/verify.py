@@ -1,67 +1,81 @@
 """Does an exported file compute what the model computes? Checked with onnx, ONNX Runtime and the eager model.
 
-ONNX Runtime rounds activations of a fused 4-bit product to 8 bits unless ``ACCURACY_LEVEL`` is set, which is an error
-of its own of about 1 %. Every session here is opened by :func:`session`, which sets it.
-
 What may differ, and how much. Two correct float32 programs differ in their last bits. Where activations are rounded
 to 8 or 4 bits, such a difference now and then tips a value to the next step, and in a deep model one tip can move the
 logits by percents: the end-to-end difference then says nothing about the file. So the comparison is made in two
 parts, neither of which a tip can disturb or a wrong weight pass. The file also gives out its quantized activations.
-The eager model quantizes the same inputs, where the two may differ by one step in at most ``TIPPED`` of a layer's
+The eager model quantizes the same inputs, where the two may differ by one step in at most 0.5 % of a layer's
 values, and then goes on with the values of the file; its output must equal that of the file to ``TOLERANCE``, relative
 to the largest value of the output. Without quantized activations this is the plain comparison.
+
+The ``ort`` form leaves 8-bit rounding to ONNX Runtime. There the same comparison is made with that rounding switched
+off on both sides, which proves weights and graph; the file as it is must then stay near the model (``NEAR``).
 """
 
 import dataclasses
-import importlib
+import inspect
+import json
+import math
+import re
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
 from torch import nn
 
-from tqcompile import ops
 from tqcompile.errors import ExportError
-from tqcompile.exporters.portable import DOMAIN
-from tqcompile.modules import TwinLinear
+from tqcompile.exporters.portable import SOURCE
+from tqcompile.exporters.replay import Replay, dense_weights
+from tqcompile.exporters.session import PAST, PRESENT, empty_cache, first_line, open_session, require
+from tqcompile.modules import QUANTIZED
 from tqcompile.passes.capture import eval_mode
 
-ACCURACY_LEVEL = ("session.qdq_matmulnbits_accuracy_level", "1")
-EXTERNAL_DATA = "session.model_external_initializers_file_folder_path"
 TOLERANCE = 1e-4
-TIPPED = 5e-3
-PROMPT, DECODE_STEPS = 11, 8
+NEAR = 0.2  # of the output's root mean square; a wrong kernel or a lost scale gives about 1
+PROMPT, DECODE_STEPS = 11, 32
+FORM = "tqcompile.form"
+_CODES = re.compile(r"(?P<layer>.*)\.x_q(?P<number>(\.\d+)?)")
 
 
 @dataclasses.dataclass
 class Verification:
-    """What was found out about an exported file. Usable as its path.
+    """What was found out about an exported file. Usable as its path; ``print`` shows a summary.
 
-    peak: largest absolute value of the eager output; the differences are relative to it. difference: the largest
-    with the file's quantized activations in the eager model, at most ``tolerance``. free_difference: the largest when
-    both run on their own. tipped: the share of quantized activations, in the layer with most of them, that the two
-    round to different steps. max_difference: ``difference`` in absolute terms.
-    positions: tokens (or rows) compared; agreeing: those with the same most probable token, or -1 where the output
-    is not logits. bytes: model and external data. ops: nodes by ``domain::op``. stored: elements of initializers by
-    type name. provider: the execution provider that ran.
+    form: "portable", "ort" or "inlined". peak: largest absolute value of the eager output; the differences are
+    relative to it. difference: the largest with the file's quantized activations in the eager model (``ort`` form:
+    with 8-bit activations left unrounded in both), at most ``tolerance``. free_difference: the largest when both run
+    on their own, as a user runs them. tipped: the share of quantized activations, in the layer with most of them,
+    that the two round to different steps. max_difference: ``difference`` in absolute terms.
+    positions: tokens (or rows) compared, steps: of them in cached decoding; agreeing: those with the same most
+    probable token, or -1 where the output is not logits. bytes: model and external data. layer_bytes: weights,
+    scales, biases and transforms of the quantized layers; fp16_bytes: what their weights would take in float16.
+    ops: nodes by ``domain::op``. stored: elements of initializers by type name. provider: the execution provider of
+    the session; ran: kernels that ran in one pass by provider, from ONNX Runtime's own profile.
+    skipped: linear layers that stay in floating point -> the reason, from the model's report.
     """
 
     path: Path
+    form: str
     peak: float
     difference: float
     free_difference: float
     tipped: float
     tolerance: float
     positions: int
+    steps: int
     agreeing: int
     bytes: int
+    layer_bytes: int
+    fp16_bytes: int
     ops: dict[str, int]
     stored: dict[str, int]
     provider: str
+    ran: dict[str, int]
+    skipped: dict[str, str]
 
     @property
     def max_difference(self) -> float:
@@ -70,16 +84,21 @@ class Verification:
     def __fspath__(self) -> str:
         return str(self.path)
 
-
-def require(*modules: str) -> None:
-    """Raise ExportError naming the extra to install when one of the modules cannot be imported."""
-    for name in modules:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise ExportError(
-                f"ONNX export needs {name}, which cannot be imported ({error}). pip install 'tqcompile[onnx]'"
-            ) from error
+    def __str__(self) -> str:
+        custom = ", ".join(f"{name} {count}" for name, count in sorted(self.ops.items()) if name[:8] != "ai.onnx:")
+        lines = [
+            f"{self.path}: {self.form} form, {self.bytes / 1e6:.1f} MB; quantized layers "
+            f"{self.layer_bytes / max(self.fp16_bytes, 1):.3f} of their size in fp16",
+            f"nodes: {sum(self.ops.values())}{', of them ' if custom else ''}{custom}",
+            f"ran on {', '.join(f'{name} ({count} kernels)' for name, count in self.ran.items())}",
+            f"largest difference from the model: {self.difference:.2g} of the largest output (allowed: "
+            f"{self.tolerance:g}), {self.free_difference:.2g} when both run on their own",
+        ]
+        if self.agreeing >= 0:
+            lines.append(f"same most probable token at {self.agreeing} of {self.positions} positions")
+            lines[-1] += f", {self.steps} steps decoded with the cache" if self.steps else ""
+        lines += [f"not quantized: {name}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
 
 
 def is_causal_lm(model: nn.Module) -> bool:
@@ -89,23 +108,13 @@ def is_causal_lm(model: nn.Module) -> bool:
     return bool(config is not None and generates and generates() and not config.is_encoder_decoder)
 
 
-def session(model: str | Path | bytes, *, optimize: bool = True, folder: str | Path | None = None):
-    """An ONNX Runtime CPU session that keeps activations in float32 inside fused 4-bit products.
-
-    Args:
-        model: a path, or a serialized model whose external data lies in ``folder``.
-        optimize: False runs the graph as it is written.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry(*ACCURACY_LEVEL)
-    if folder is not None:
-        options.add_session_config_entry(EXTERNAL_DATA, str(folder))
-    if not optimize:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    model = model if isinstance(model, bytes) else str(model)
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+def usual_inputs(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The inputs (b, s) int64 that a tokenizer gives a Hugging Face model; token types where the model has several."""
+    given = {"input_ids": ids, "attention_mask": mask}
+    takes = "token_type_ids" in inspect.signature(model.forward).parameters
+    if takes and getattr(model.config, "type_vocab_size", 0) > 1:
+        given["token_type_ids"] = (ids.cumsum(-1) > ids.sum(-1, keepdim=True) // 2).long()
+    return given
 
 
 def verify(
@@ -126,37 +135,52 @@ def verify(
     require("onnx", "onnxruntime")
     path = Path(path)
     proto = _check_file(path)
-    runtime = _Runtime(path, proto)
-    replay = _Replay(model)
-    with eval_mode(model), torch.no_grad():
-        if is_causal_lm(model):
-            results = _compare_causal(runtime, model, replay, _prompt(model, example), steps)
-        else:
-            results = _compare_plain(runtime, model, replay, example)
-    expected, actual, replayed = results
-    peak = max(float(np.abs(expected).max()), 1e-30)
-    difference = float(np.abs(replayed - actual).max()) / peak
-    tipped = replay.check(path.name)
-    if not difference <= TOLERANCE:  # also when it is NaN
-        raise ExportError(
-            f"{path.name} does not reproduce {type(model).__name__}: its output differs by {difference:.3g} of the "
-            f"largest value, {peak:.3g}, where {TOLERANCE:g} is allowed. Do not use this file: try another opset, and "
-            "report the model if that fails too."
-        )
-    logits = is_causal_lm(model)
+    form = next((entry.value for entry in proto.metadata_props if entry.key == FORM), "portable")
+    replay = Replay(model, unrounded=form == "ort")
+    with eval_mode(model), torch.no_grad(), dense_weights(model):
+        runtime = _Runtime(path, proto, exact=True)
+        expected, actual, replayed = _compare(runtime, model, replay, example, steps)
+        peak = max(float(np.abs(expected).max()), 1e-30)
+        difference = float(np.abs(replayed - actual).max()) / peak
+        tipped = replay.check(path.name)
+        if not difference <= TOLERANCE:  # also when it is NaN
+            raise ExportError(
+                f"{path.name} does not reproduce {type(model).__name__}: its output differs by {difference:.3g} of the "
+                f"largest value, {peak:.3g}, where {TOLERANCE:g} is allowed. Do not use this file: try another opset, "
+                "and report the model if that fails too."
+            )
+        if form == "ort":
+            del runtime  # two sessions of a large model need not be in memory at once
+            runtime = _Runtime(path, proto)
+            expected, actual, _ = _compare(runtime, model, None, example, steps)
+            distance = float(np.sqrt(np.square(actual - expected).mean() / np.square(expected).mean()))
+            if not distance <= NEAR:
+                raise ExportError(
+                    f"{path.name}: with activations rounded by ONNX Runtime the output is {distance:.2g} of its root "
+                    f"mean square away from that of {type(model).__name__}, where {NEAR:g} is allowed. Export "
+                    'form="portable" instead.'
+                )
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QUANTIZED)}
+    causal = is_causal_lm(model)
     return Verification(
         path=path,
+        form=form,
         peak=peak,
         difference=difference,
         free_difference=float(np.abs(expected - actual).max()) / peak,
         tipped=tipped,
         tolerance=TOLERANCE,
         positions=len(expected),
-        agreeing=int((expected.argmax(-1) == actual.argmax(-1)).sum()) if logits else -1,
+        steps=steps if _has_cache(proto) else 0,
+        agreeing=int((expected.argmax(-1) == actual.argmax(-1)).sum()) if causal else -1,
         bytes=sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.exists()),
+        layer_bytes=_layer_bytes(proto, set(layers)),
+        fp16_bytes=sum(2 * layer.in_features * layer.out_features for layer in layers.values()),
         ops=dict(Counter(f"{node.domain or 'ai.onnx'}::{node.op_type}" for node in proto.graph.node)),
         stored=_stored(proto),
         provider=runtime.session.get_providers()[0],
+        ran=runtime.ran,
+        skipped=_skipped(model),
     )
 
 
@@ -169,12 +193,8 @@ def _check_file(path: Path):
         proto = onnx.load(str(path), load_external_data=False)
         onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
     except Exception as error:
-        raise ExportError(f"{path.name} is not a valid ONNX model: {_first_line(error)}") from error
+        raise ExportError(f"{path.name} is not a valid ONNX model: {first_line(error)}") from error
     return proto
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _stored(proto) -> dict[str, int]:
@@ -186,27 +206,61 @@ def _stored(proto) -> dict[str, int]:
     return dict(stored)
 
 
-class _Runtime:
-    """The file in ONNX Runtime, giving out the quantized activations of every layer beside its outputs."""
+def _sources(node) -> list[str]:
+    return next((entry.value for entry in node.metadata_props if entry.key == SOURCE), "").split(",")
 
-    def __init__(self, path: Path, proto):
+
+def _layer_bytes(proto, layers: set[str]) -> int:
+    """Bytes of the initializers that nodes of these layers read; integers of 64 bits are shapes, not weights."""
+    import onnx_ir as ir
+
+    read = {name for node in proto.graph.node if layers.issuperset(_sources(node)) for name in node.input}
+    weights = [t for t in proto.graph.initializer if t.name in read and t.data_type != ir.DataType.INT64]
+    return sum(math.ceil(ir.DataType(t.data_type).itemsize * math.prod(t.dims)) for t in weights)
+
+
+def _skipped(model: nn.Module) -> dict[str, str]:
+    """Linear layers in floating point, with the reason where the model has a report."""
+    reasons = dict(getattr(getattr(model, "tqcompile_report", None), "skipped", {}))
+    linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return reasons | {name: reasons.get(name, "not quantized") for name in linears}
+
+
+def _has_cache(proto) -> bool:
+    return any(value.name.startswith(PAST) for value in proto.graph.input)
+
+
+class _Runtime:
+    """The file in ONNX Runtime, giving out the quantized activations of every layer beside its outputs.
+
+    exact: products of the ``ort`` form keep their activations in float32. ran: after the first call, how many
+    kernels each execution provider ran in it, according to ONNX Runtime's profile.
+    """
+
+    def __init__(self, path: Path, proto, *, exact: bool = False):
         import onnx
 
+        asked = onnx.ModelProto()
+        asked.CopyFrom(proto)
         self.codes: dict[str, list[tuple[str, str]]] = {}
-        for node in proto.graph.node:
-            if node.domain == DOMAIN and "x_scale" in _inputs_of(proto, node):
-                self.codes.setdefault(node.name, []).append(tuple(node.input[:2]))
-        extra = dict.fromkeys(pair for pairs in self.codes.values() for pair in pairs)
-        for x_q, x_scale in extra:
-            proto.graph.output.append(onnx.helper.make_tensor_value_info(x_q, onnx.TensorProto.INT8, None))
-            proto.graph.output.append(onnx.helper.make_tensor_value_info(x_scale, onnx.TensorProto.FLOAT, None))
-        try:
-            self.session = session(proto.SerializeToString(), folder=path.absolute().parent)
-        except Exception as error:
-            raise ExportError(
-                f"ONNX Runtime cannot load {path.name}: {_first_line(error)}. Install a newer onnxruntime, or export "
-                "with a lower opset."
-            ) from error
+        for node in asked.graph.node:
+            for found in filter(None, map(_CODES.fullmatch, node.output)):
+                pair = found[0], f"{found['layer']}.x_scale{found['number']}"
+                for layer in _sources(node):
+                    self.codes.setdefault(layer, []).append(pair)
+                for name, dtype in zip(pair, (onnx.TensorProto.INT8, onnx.TensorProto.FLOAT), strict=True):
+                    asked.graph.output.append(onnx.helper.make_tensor_value_info(name, dtype, None))
+            for attribute in node.attribute:
+                if exact and attribute.name == "accuracy_level":
+                    attribute.i = 1
+        self.ran: dict[str, int] = {}
+        self.scratch = tempfile.TemporaryDirectory()
+        self.session = open_session(
+            asked.SerializeToString(),
+            path.name,
+            folder=path.absolute().parent,
+            profile=Path(self.scratch.name) / "run",
+        )
         self.inputs = {value.name: value.shape for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
 
@@ -217,7 +271,11 @@ class _Runtime:
             results = self.session.run(None, arrays)
         except Exception as error:
             shapes = {name: array.shape for name, array in arrays.items()}
-            raise ExportError(f"ONNX Runtime failed on inputs {shapes}: {_first_line(error)}") from error
+            raise ExportError(f"ONNX Runtime failed on inputs {shapes}: {first_line(error)}") from error
+        if not self.ran:
+            events = json.loads(Path(self.session.end_profiling()).read_text(encoding="utf-8"))
+            providers = (event.get("args", {}).get("provider") for event in events)
+            self.ran = dict(Counter(filter(None, providers)))
         return {name: torch.from_numpy(array) for name, array in zip(self.outputs, results, strict=True)}
 
     def quantized(self, outputs: Mapping[str, torch.Tensor]) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -225,68 +283,11 @@ class _Runtime:
         return {name: [(outputs[q], outputs[s]) for q, s in pairs] for name, pairs in self.codes.items()}
 
 
-def _inputs_of(proto, node) -> list[str]:
-    return next((list(f.input) for f in proto.functions if f.name == node.op_type and f.domain == node.domain), [])
-
-
-class _Replay:
-    """Runs the eager model with the quantized activations of the file, and compares them with its own."""
-
-    def __init__(self, model: nn.Module):
-        self.layers = {name: module for name, module in model.named_modules() if isinstance(module, TwinLinear)}
-        self.seen: Counter[str] = Counter()
-        self.tipped: Counter[str] = Counter()
-        self.wrong: dict[str, int] = {}
-
-    @contextmanager
-    def using(
-        self, codes: Mapping[str, list[tuple[torch.Tensor, torch.Tensor]]], valid: torch.Tensor | None = None
-    ) -> Iterator[None]:
-        """Inside, every layer reads ``codes`` in place of what it would quantize itself.
-
-        valid: (b, s) bool, the positions to compare; padding may hold anything.
-        """
-        queues = {name: iter(pairs) for name, pairs in codes.items()}
-        original, current = ops.quantize_activation, []
-
-        def quantize(x, input_scale=None, rotation=None):
-            own, scale = original(x, input_scale, rotation)
-            name = current[-1]
-            if name not in queues:  # its output is not asked for: an encoder's pooler
-                return own, scale
-            given, given_scale = next(queues[name], (None, None))
-            if given is None or given.shape != own.shape:
-                raise ExportError(f"layer {name} of the model is not in the file with the same shape; export again.")
-            steps = (own.int() - given.int()).abs()
-            off = (scale - given_scale).abs() > 1e-3 * scale
-            if valid is not None and own.shape[:-1] == valid.shape:
-                steps, off = steps[valid], off[valid]
-            self.seen[name] += steps.numel()
-            self.tipped[name] += int((steps > 0).sum())
-            self.wrong[name] = max(self.wrong.get(name, 0), int(steps.max()), 255 * int(off.any()))
-            return given, given_scale
-
-        hooks = []
-        for name, layer in self.layers.items():
-            hooks.append(layer.register_forward_pre_hook(lambda *_, name=name: current.append(name)))
-        try:
-            with mock.patch.object(ops, "quantize_activation", quantize):
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def check(self, file: str) -> float:
-        """The largest share of tipped values of a layer. Raises ExportError where it is not rounding."""
-        shares = {name: self.tipped[name] / self.seen[name] for name in self.seen}
-        for name, share in shares.items():
-            if share > TIPPED or self.wrong[name] > 1:
-                raise ExportError(
-                    f"{file} does not quantize the input of {name} as the model does: {share:.2%} of the values "
-                    f"differ, by up to {self.wrong[name]} steps; {TIPPED:.2%} by one step are rounding. Do not use "
-                    "this file: try another opset, and report the model if that fails too."
-                )
-        return max(shares.values(), default=0.0)
+def _compare(runtime: _Runtime, model: nn.Module, replay: Replay | None, example, steps: int) -> list[np.ndarray]:
+    """Outputs (rows, features) of the eager model, of the file, and of the model replaying the file (where asked)."""
+    if is_causal_lm(model):
+        return _compare_causal(runtime, model, replay, _prompt(model, example), steps)
+    return _compare_plain(runtime, model, replay, _batches(model, example))
 
 
 def _prompt(model: nn.Module, example: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
@@ -297,9 +298,9 @@ def _prompt(model: nn.Module, example: Mapping[str, torch.Tensor] | None) -> tor
 
 
 def _compare_causal(
-    runtime: _Runtime, model: nn.Module, replay: _Replay, prompt: torch.Tensor, steps: int
-) -> tuple[np.ndarray, ...]:
-    """Logits (positions, vocabulary) of the eager model, of the file, and of the model replaying the file.
+    runtime: _Runtime, model: nn.Module, replay: Replay | None, prompt: torch.Tensor, steps: int
+) -> list[np.ndarray]:
+    """As :func:`_compare`: logits (positions, vocabulary).
 
     Prefill with ``prompt``, then ``steps`` tokens chosen by the eager model, one at a time; without padding.
     """
@@ -314,12 +315,12 @@ def _compare_causal(
         valid = first.bool() if ids is prompt else torch.ones_like(ids, dtype=torch.bool)
         expected = free(ids, mask)
         actual, codes = file(ids, mask)
-        with replay.using(codes, valid):
-            replayed = forced(ids, mask)
+        with replay.using(codes, valid) if replay else nullcontext():
+            replayed = forced(ids, mask) if replay else expected
         for kept, logits in zip(rows, (expected, actual, replayed), strict=True):
             kept.append(logits[valid])
         ids, mask = expected[:, -1:].argmax(-1), torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
-    return tuple(torch.cat(kept).numpy() for kept in rows)
+    return [torch.cat(kept).numpy() for kept in rows]
 
 
 def _positions(mask: torch.Tensor, new: int) -> torch.Tensor:
@@ -343,32 +344,34 @@ def _eager_step(model: nn.Module) -> Callable:
 
 
 def _runtime_step(runtime: _Runtime) -> Callable:
-    shapes = {name: shape for name, shape in runtime.inputs.items() if name.startswith("past_key_values.")}
     cache: dict[str, torch.Tensor] = {}
 
     def step(ids, mask):
         if not cache:
-            cache.update({name: torch.zeros(len(ids), shape[1], 0, shape[3]) for name, shape in shapes.items()})
+            cache.update({n: torch.from_numpy(a) for n, a in empty_cache(runtime.session, len(ids)).items()})
         feed = {"input_ids": ids, "attention_mask": mask, "position_ids": _positions(mask, ids.shape[1])}
         outputs = runtime(feed | cache)
-        cache.update({name: outputs[name.replace("past_key_values", "present", 1)] for name in cache})
+        cache.update({name: outputs[name.replace(PAST, PRESENT, 1)] for name in cache})
         return outputs["logits"], runtime.quantized(outputs)
 
     return step
 
 
+def _batches(model: nn.Module, example: Mapping[str, torch.Tensor] | None) -> list[dict[str, torch.Tensor]]:
+    """Two batches of different size for a model that is no decoder."""
+    if example is not None:
+        return [dict(example), {name: tensor[:1].contiguous() for name, tensor in example.items()}]
+    ids = _prompt(model, None)
+    mask = torch.ones_like(ids)
+    mask[-1, -2:] = 0
+    batch = usual_inputs(model, ids, mask)
+    return [batch, {name: tensor[:1, :-3].contiguous() for name, tensor in batch.items()}]
+
+
 def _compare_plain(
-    runtime: _Runtime, model: nn.Module, replay: _Replay, example: Mapping[str, torch.Tensor] | None
-) -> tuple[np.ndarray, ...]:
-    """The first output as (rows, features): of the eager model, of the file, of the model replaying the file."""
-    if example is None:
-        ids = _prompt(model, None)
-        mask = torch.ones_like(ids)
-        mask[-1, -2:] = 0
-        batches = [{"input_ids": ids, "attention_mask": mask}]
-        batches.append({name: tensor[:1, :-3].contiguous() for name, tensor in batches[0].items()})
-    else:
-        batches = [dict(example), {name: tensor[:1].contiguous() for name, tensor in example.items()}]
+    runtime: _Runtime, model: nn.Module, replay: Replay | None, batches: list[dict[str, torch.Tensor]]
+) -> list[np.ndarray]:
+    """As :func:`_compare`: the first output."""
 
     def eager(batch):
         output = model._call_impl(**batch)
@@ -376,9 +379,9 @@ def _compare_plain(
 
     rows: tuple[list, list, list] = ([], [], [])
     for batch in batches:
-        outputs = runtime(batch)
-        with replay.using(runtime.quantized(outputs)):
-            replayed = eager(batch)
-        for kept, output in zip(rows, (eager(batch), outputs[runtime.outputs[0]], replayed), strict=True):
+        outputs, expected = runtime(batch), eager(batch)
+        with replay.using(runtime.quantized(outputs)) if replay else nullcontext():
+            replayed = eager(batch) if replay else expected
+        for kept, output in zip(rows, (expected, outputs[runtime.outputs[0]], replayed), strict=True):
             kept.append(output.reshape(-1, output.shape[-1]))
-    return tuple(torch.cat(kept).numpy() for kept in rows)
+    return [torch.cat(kept).numpy() for kept in rows]

@@ -1,6 +1,8 @@
 """ONNX export: what is in the file, that stock ONNX Runtime reproduces the model, and how failures end."""
 
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from transformers import BertConfig, BertModel, Qwen3Config, Qwen3ForCausalLM
 import tqcompile
 from tqcompile.errors import ExportError
 from tqcompile.exporters import portable
-from tqcompile.exporters.verify import session, verify
+from tqcompile.exporters.session import open_session
+from tqcompile.exporters.verify import verify
 from tqcompile.modules import TwinLinear
 
 onnx = pytest.importorskip("onnx")
@@ -23,13 +26,14 @@ pytest.importorskip("onnxscript")
 
 SIZES = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 128}
-# The rotation of o_proj's input is absorbed by v_proj.
-_ACTIVATIONS = {"com.tqcompile::QuantizeActivationRotated": 12, "com.tqcompile::QuantizeActivation": 2}
+# Four sites in each of two layers; the rotation of o_proj's input is absorbed by v_proj.
+_ACTIVATIONS = {"com.tqcompile::QuantizeActivationRotated": 6, "com.tqcompile::QuantizeActivation": 2}
 OPS = {
-    "twin-w4a16": {"com.tqcompile::TwinLinearA16": 14},
-    "twin-w4a8": {"com.tqcompile::TwinLinear": 14, **_ACTIVATIONS},
-    "twin-w4a4": {"com.tqcompile::TwinLinearA4": 14, **_ACTIVATIONS},
+    "twin-w4a16": {"com.tqcompile::TwinLinearA16": 8},
+    "twin-w4a8": {"com.tqcompile::TwinLinear": 8, **_ACTIVATIONS},
+    "twin-w4a4": {"com.tqcompile::TwinLinearA4": 8, **_ACTIVATIONS},
 }
+BESIDE = ["config.json", "generation_config.json"]
 
 
 def tiny(kind: str) -> nn.Module:
@@ -106,7 +110,9 @@ def test_the_decoder_is_verified_with_its_cache(qwen):
     assert report.difference < 1e-5  # measured 6e-7 to 2e-6
     assert report.tipped < 1e-3
     assert report.provider == "CPUExecutionProvider"
-    assert report.positions == 2 * 11 - 2 + 2 * 8
+    assert report.ran.keys() == {"CPUExecutionProvider"}
+    assert report.steps == 32
+    assert report.positions == 2 * 11 - 2 + 2 * 32
     ours = {name: count for name, count in report.ops.items() if name.startswith("com.tqcompile")}
     assert ours == OPS[scheme]
 
@@ -115,7 +121,7 @@ def test_weights_are_int4_and_the_file_is_near_four_bits(qwen):
     _, model, report = qwen
     layers = [m for m in model.modules() if isinstance(m, TwinLinear)]
     residuals = sum(m.in_features * m.out_features for m in layers)
-    low_rank = sum(16 * (m.in_features + m.out_features) for m in layers)
+    low_rank = sum(16 * m.out_features for m in layers) + 2 * 16 * (3 * 128 + 256)  # up a layer, down a site
     assert report.stored["INT4"] == residuals + low_rank
     dense = 2 * 256 * 128  # embedding and head
     scales = report.stored["FLOAT"] - dense - 128 * 128
@@ -152,13 +158,13 @@ def test_the_file_names_its_inputs_and_tells_nothing_about_this_machine(qwen):
     assert all(dim.dim_param for value in proto.graph.input[:3] for dim in value.type.tensor_type.shape.dim)
     assert proto.producer_name == "tqcompile"
     assert b".py" not in report.path.read_bytes()
-    assert sorted(p.name for p in report.path.parent.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert sorted(p.name for p in report.path.parent.iterdir()) == [*BESIDE, "model.onnx", "model.onnx.data"]
 
 
 @pytest.mark.parametrize("optimize", [False, True])
 def test_logits_equal_torch_with_and_without_optimisation(qwen, optimize):
     scheme, model, report = qwen
-    logits = run(session(report.path, optimize=optimize), feeds(0, prompt()))["logits"]
+    logits = run(tqcompile.ort_session(report.path, optimize=optimize), feeds(0, prompt()))["logits"]
     with torch.no_grad():
         expected = model(input_ids=prompt()).logits.numpy()
     relative = np.abs(logits - expected).max(-1) / np.abs(expected).max()
@@ -171,7 +177,7 @@ def test_cached_decoding_equals_one_prefill(qwen):
     scheme, _, report = qwen
     if scheme != "twin-w4a16":
         pytest.skip("rounded activations may tip; the verification replays them")
-    runtime, ids = session(report.path), prompt(3, 12)
+    runtime, ids = tqcompile.ort_session(report.path), prompt(3, 12)
     whole = run(runtime, feeds(0, ids))
     out = run(runtime, feeds(0, ids[:, :7]))
     rows = [out["logits"]]
@@ -190,7 +196,7 @@ def test_onnx_runtime_fuses_every_product(qwen, tmp_path):
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     onnxruntime.InferenceSession(str(qwen[2].path), options, providers=["CPUExecutionProvider"])
     nodes = [n.op_type for n in onnx.load(options.optimized_model_filepath, load_external_data=False).graph.node]
-    assert nodes.count("MatMulNBits") == 3 * 14
+    assert nodes.count("MatMulNBits") == 3 * 8
     assert nodes.count("DequantizeLinear") == 0
 
 
@@ -212,15 +218,16 @@ def test_an_encoder_gives_its_last_hidden_state(tmp_path):
     report = tqcompile.export_onnx(model, tmp_path / "bert.onnx")
     assert model.training
     assert report.difference < 1e-5
-    runtime = session(report.path, optimize=False)
-    assert [i.name for i in runtime.get_inputs()] == ["input_ids", "attention_mask"]
+    runtime = tqcompile.ort_session(report.path, optimize=False)
+    assert [i.name for i in runtime.get_inputs()] == ["input_ids", "attention_mask", "token_type_ids"]
     assert [o.name for o in runtime.get_outputs()] == ["last_hidden_state"]
-    assert report.ops["com.tqcompile::TwinLinearBias"] == 12
+    assert report.ops["com.tqcompile::TwinLinearBias"] == 8
     mask = torch.ones(3, 7, dtype=torch.int64)
     mask[1, 4:] = 0
-    actual = runtime.run(None, {"input_ids": prompt(3, 7).numpy(), "attention_mask": mask.numpy()})[0]
+    feed = {"input_ids": prompt(3, 7), "attention_mask": mask, "token_type_ids": prompt(3, 7) % 2}
+    actual = runtime.run(None, {name: tensor.numpy() for name, tensor in feed.items()})[0]
     with torch.no_grad():
-        expected = model.eval()(input_ids=prompt(3, 7), attention_mask=mask).last_hidden_state.numpy()
+        expected = model.eval()(**feed).last_hidden_state.numpy()
     assert np.median(np.abs(actual - expected).max(-1)) < 1e-5 * np.abs(expected).max()
 
 
@@ -233,9 +240,9 @@ def test_every_form_everywhere(every_form, how):
         proto = inliner.inline_local_functions(onnx.load(str(report.path)))
         assert not proto.functions
         assert {node.domain for node in proto.graph.node} <= {"", "ai.onnx"}
-        runtime = session(proto.SerializeToString())
+        runtime = open_session(proto.SerializeToString(), "inlined")
     else:
-        runtime = session(report.path, optimize=how == "optimized")
+        runtime = tqcompile.ort_session(report.path, optimize=how == "optimized")
     actual = runtime.run(None, {"x": X[:3].numpy()})[0]
     expected = model(X[:3]).detach().numpy()
     for index in range(len(model.layers)):
@@ -253,22 +260,34 @@ def test_forms_have_distinct_names(every_form):
 
 
 def test_a_failing_verification_leaves_the_old_files(tmp_path, monkeypatch):
-    original = portable._to_k_major
-
-    def wrong_scale(packed, scale, done):
-        result = original(packed, scale, done)
-        portable._set(scale, scale.const_value.numpy() * np.float32(1.01))
-        return result
-
-    monkeypatch.setattr(portable, "_to_k_major", wrong_scale)
+    monkeypatch.setattr(portable, "transposed", lambda scale: np.ascontiguousarray(scale.astype(np.float32).T * 1.01))
     target, data = tmp_path / "model.onnx", tmp_path / "model.onnx.data"
     target.write_bytes(b"good model")
     data.write_bytes(b"good data")
     model = TwinLinear.from_quantized(random_components(act_bits=8))
     with pytest.raises(ExportError, match=r"does not reproduce TwinLinear: its output differs by 0\.00\d+"):
-        tqcompile.export_onnx(model, target, example={"x": X})
+        tqcompile.export_onnx(model, target, example={"x": X}, overwrite=True)
     assert (target.read_bytes(), data.read_bytes()) == (b"good model", b"good data")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3, 4])
+def test_a_failing_move_puts_every_file_back(tmp_path, monkeypatch, failing):
+    for name in ("model.onnx", "model.onnx.data"):
+        (tmp_path / name).write_bytes(b"good")
+    model = TwinLinear.from_quantized(random_components(act_bits=16))
+    original, calls = os.replace, []
+
+    def replace(source, destination):
+        calls.extend(path for path in (source, destination) if Path(path).parent == tmp_path)
+        if len(calls) == failing:
+            raise OSError("disk says no")
+        original(source, destination)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(ExportError, match=r"cannot move the exported model to .*disk says no"):
+        tqcompile.export_onnx(model, tmp_path / "model.onnx", example={"x": X}, overwrite=True)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"model.onnx": b"good", "model.onnx.data": b"good"}
 
 
 def test_refusals_say_what_to_do(tmp_path, monkeypatch):

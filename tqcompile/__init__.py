@@ -26,6 +26,7 @@ _PUBLIC = {
     "Config": "config",
     "SCHEMES": "config",
     "export_onnx": "exporters.onnx",
+    "ort_session": "exporters.session",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

@@ -1,4 +1,4 @@
-"""The command line: ``tqcompile demo`` and what later commands join."""
+"""The command line: ``tqcompile demo``, ``tune`` and ``export``."""
 
 import sys
 from pathlib import Path
@@ -54,6 +54,32 @@ def tune(
 
     known = tuner.problems_of_checkpoint(model) if model else tuner.problems(shapes, rank, group_size, activations)
     tuner.run(known, tuner.numbers(tokens, "--tokens"), export)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="A tqcompile checkpoint of a Hugging Face model.")],
+    onnx: Annotated[Path, typer.Option(help="The .onnx file to write; its weights go beside it.")],
+    form: Annotated[str, typer.Option(help="portable, ort (fastest in ONNX Runtime) or inlined.")] = "portable",
+    opset: Annotated[int, typer.Option(help="Version of the standard operators, 21 to 23.")] = 21,
+    past: Annotated[bool, typer.Option(help="Key/value cache as inputs and outputs.")] = True,
+    overwrite: Annotated[bool, typer.Option(help="Replace files that exist.")] = False,
+    verify_steps: Annotated[int, typer.Option(help="Tokens decoded in the check of the file.")] = 32,
+) -> None:
+    """Export to ONNX, check the file against the model, and copy configuration and tokenizer beside it."""
+    import torch
+
+    import tqcompile
+    from tqcompile.exporters.onnx import check_settings, check_target
+    from tqcompile.exporters.session import require
+
+    require("onnx", "onnx_ir", "onnxscript", "onnxruntime")
+    check_settings(form, opset, "float32")  # before a large model is read
+    check_target(onnx, overwrite)
+    loaded = tqcompile.load(model, dtype=torch.float32)
+    tokenizer = model if (model / "tokenizer_config.json").is_file() else None
+    settings = {"form": form, "opset": opset, "with_past": past, "overwrite": overwrite, "verify_steps": verify_steps}
+    typer.echo(tqcompile.export_onnx(loaded, onnx, tokenizer=tokenizer, **settings))
 
 
 def main() -> None:
