@@ -36,13 +36,15 @@ class Unit:
 
     run: pushes every calibration batch through the code that holds them. calls: for a block, what it is called with
     (outputs of the quantized blocks before it) and what the full-precision model has behind it, one a batch; empty
-    where this was not asked for or the unit is no block.
+    where this was not asked for or the unit is no block. means: of a block with calls, norm -> mean (K,) of its output
+    in the full-precision model, for the norms that absorb for a site other than the block's first.
     """
 
     name: str
     sites: list[Site]
     run: Callable[[Callable[[int], None]], None]
     calls: list[BlockCall] = dataclasses.field(default_factory=list)
+    means: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
 
 class _Stop(Exception):
@@ -121,13 +123,40 @@ def split_into_units(
             name = f"{prefix}.{index}"
             inside = [site for site in sites if site.linears[0].startswith(name + ".")]
             rest = [site for site in rest if site not in inside]
-            calls = driver.calls(index) if targets else []
+            calls, means = [], {}
+            if targets:
+                norms = [site.absorber.module for site in inside[1:] if site.absorber and site.absorber.kind == "norm"]
+                with mean_outputs(model, [norm for norm in norms if norm.startswith(f"{name}.")]) as means:
+                    calls = driver.calls(index)
             if inside:
-                yield Unit(name, inside, lambda start, index=index: driver.run(index, start), calls)
+                yield Unit(name, inside, lambda start, index=index: driver.run(index, start), calls, means)
             if index < count - 1:
                 driver.advance(index)
     if rest:
         yield Unit("model", rest, lambda start: _run_whole(model, batches, start))
+
+
+@contextlib.contextmanager
+def mean_outputs(model: nn.Module, names: list[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """While this context is open every token that the modules ``names`` give counts; the dictionary it yields holds
+    their means (K,) float32 by name when it is closed."""
+    means: dict[str, torch.Tensor] = {}
+    counts = dict.fromkeys(names, 0)
+
+    def hook_for(name: str):
+        def hook(_module, _args, output):
+            rows = output.detach().float().flatten(0, -2)
+            counts[name] += len(rows)
+            means[name] = means.get(name, 0) + rows.sum(0)
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.callback(model.get_submodule(name).register_forward_hook(hook_for(name)).remove)
+        yield means
+    for name in means:
+        means[name] /= counts[name]
 
 
 def _largest_stack(model: nn.Module, sites: tuple[Site, ...]) -> tuple[str, int]:
