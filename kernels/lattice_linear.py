@@ -2,8 +2,9 @@
 
 A program owns a (BN out-features x BM tokens) tile of y^T = W x^T. A byte of the codes holds elements 4j to 4j+3, so a
 tile of codes is four *planes*, element i of every four, and a step is four products of a plane with the same columns of
-x, which is stored plane by plane (:func:`planes`). The codes enter as plain integers, exact in every dtype of x; zero
-points and offsets act through the sums of x, once a step, and a step (which divides the group) is scaled once, in fp32.
+x. Few tokens are read as they are, every fourth element at a time; more are first stored plane by plane. Codes enter as
+plain integers, exact in every dtype of x; zero points and offsets act through the sums of x, once a step, and a step
+(which divides the group) is scaled once, in fp32.
 
 Few tokens: the K loop is split over S programs a tile. Each writes fp32 partials, and the last to arrive adds them in
 order 0..S-1. Many tokens: no 16-bit product on integer codes is faster than one on 16-bit weights, so the weights are
@@ -21,6 +22,7 @@ from tqcompile.kernels.split_counters import split_counters
 from tqcompile.kernels.twin_linear import FLOATS, INTERPRET, device_reason, round_to
 from tqcompile.ops.lattice_linear import ZERO_STEPS
 
+PLAIN_TOKENS = 16  # up to this many x is read as it is
 DENSE_TOKENS = 128  # beyond this many the weights are written out
 MAX_OFFSET = 4
 
@@ -59,28 +61,28 @@ def _planes(low, high, BITS: tl.constexpr, FORM: tl.constexpr):
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=4,
         )  # fmt: skip
     else:
-        lo, hi = low.to(tl.int32), high.to(tl.int32)
+        lo = low.to(tl.int32)
+        hi = high.to(tl.int32) << 2 if BITS == 3 else lo * 0
         codes = (
-            ((lo & 3) | ((hi & 1) << 2)).to(tl.float32),
-            ((lo >> 2 & 3) | ((hi >> 1 & 1) << 2)).to(tl.float32),
-            ((lo >> 4 & 3) | ((hi >> 2 & 1) << 2)).to(tl.float32),
-            ((lo >> 6 & 3) | ((hi >> 3 & 1) << 2)).to(tl.float32),
+            ((lo & 3) | (hi & 4)).to(tl.float32),
+            ((lo >> 2 & 3) | (hi >> 1 & 4)).to(tl.float32),
+            ((lo >> 4 & 3) | (hi >> 2 & 4)).to(tl.float32),
+            ((lo >> 6 & 3) | (hi >> 3 & 4)).to(tl.float32),
         )
     return codes
 
 
 @triton.jit
-def _load_codes(codes, row, word, K, BITS: tl.constexpr):
-    """Bytes of low bits at ``word`` (quarter of a column number) of every row, and of high bits, a nibble a byte."""
-    stride = K * BITS // 8
-    low = tl.load(codes + row[:, None] * stride + word[None, :])
+def _load_codes(codes, row, step, K, BITS: tl.constexpr, BK: tl.constexpr):
+    """Bytes of low bits of every row (rows, BK / 4), and of high bits, a nibble a byte. K is a multiple of 64: written
+    like this the compiler sees how rows are aligned."""
+    at = codes + row[:, None] * (K // 64 * (8 * BITS))
+    low = tl.load(at + (step * (BK // 4) + tl.arange(0, BK // 4))[None, :])
     if BITS == 3:
-        # Of 8 bytes of low bits, byte i and byte i + 4 share a byte of high bits.
-        at = K // 4 + word // 8 * 4 + word % 4
-        high = tl.load(codes + row[:, None] * stride + at[None, :]) >> (word // 4 % 2 * 4).to(tl.uint8)[None, :]
-        high = high & 15
+        pairs = tl.load(at + (K // 64 * 16 + step * (BK // 8) + tl.arange(0, BK // 8))[None, :])
+        high = tl.join(pairs & 15, pairs >> 4).reshape(pairs.shape[0], BK // 4)
     else:
-        high = tl.zeros_like(low)
+        high = low
     return low, high
 
 
@@ -88,31 +90,37 @@ def _load_codes(codes, row, word, K, BITS: tl.constexpr):
 def _lattice_linear(
     x, codes, scale, zero, offset, bias, y, partials, counters, T, N, K,
     GROUP: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, ZERO_STEPS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, S: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, PLANES: tl.constexpr,
     HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, FORM: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """x (4, T, K / 4) planes, codes (N, K * BITS / 8), scale and zero (N, K / GROUP), y (T, N). D: 0 for no offset."""
+    """x (4, T, K / 4) with PLANES, else (T, K); codes (N, K * BITS / 8); scale and zero (N, K / GROUP); y (T, N). D: 0
+    for no offset."""
     tile, split = tl.program_id(0) // S, tl.program_id(0) % S
     tiles_m = tl.cdiv(T, BM)
     n0, m0 = (tile // tiles_m) * BN, (tile % tiles_m) * BM
     n, m = tl.arange(0, BN), tl.arange(0, BM)
     row = tl.minimum(n, N - 1 - n0)  # rows past N read the last one; they are not stored
     live = (m < T - m0)[:, None]
-    codes += n0.to(tl.int64) * (K * BITS // 8)
+    codes += n0.to(tl.int64) * (K // 64 * (8 * BITS))
     group_at = (n0 + row) * (K // GROUP)
-    plane = T.to(tl.int64) * (K // 4)
-    x_at = x + m0.to(tl.int64) * (K // 4) + (m[:, None] * (K // 4))
+    if PLANES:
+        plane = T.to(tl.int64) * (K // 4)
+        x_at = x + m0.to(tl.int64) * (K // 4) + (m[:, None] * (K // 4))
+    else:
+        plane = 1
+        x_at = x + m0.to(tl.int64) * K + (m[:, None] * K)
     first, last = K // BK * split // S, K // BK * (split + 1) // S
     acc = tl.zeros((BN, BM), tl.float32)
     for step in tl.range(first, last):
         word = step * (BK // 4) + tl.arange(0, BK // 4)
-        low, high = _load_codes(codes, row, word, K, BITS)
+        low, high = _load_codes(codes, row, step, K, BITS, BK)
         weights = _planes(low, high, BITS, FORM)
         s = tl.load(scale + group_at + step * BK // GROUP).to(tl.float32)
         part = tl.zeros((BN, BM), tl.float32)
         total = tl.zeros((BM,), tl.float32)
         for i in tl.static_range(4):
-            xi = tl.load(x_at + i * plane + word[None, :], mask=live, other=0.0)
+            column = word if PLANES else 4 * word
+            xi = tl.load(x_at + i * plane + column[None, :], mask=live, other=0.0)
             if INTERPRET:
                 xi = xi.to(tl.float32)  # the interpreter's bf16 dot is wrong
             part = tl.dot(weights[i].to(xi.dtype), xi.T, part, input_precision="ieee")
@@ -156,8 +164,7 @@ def _dequantize(
     n0, step = tl.program_id(0).to(tl.int64) * BN, tl.program_id(1)
     n = tl.arange(0, BN)
     row = tl.minimum(n, N - 1 - n0)
-    word = step * (BK // 4) + tl.arange(0, BK // 4)
-    low, high = _load_codes(codes + n0 * (K * BITS // 8), row, word, K, BITS)
+    low, high = _load_codes(codes + n0 * (K // 64 * (8 * BITS)), row, step, K, BITS, BK)
     group_at = (n0 + row) * (K // GROUP) + step * BK // GROUP
     s = tl.load(scale + group_at).to(tl.float32)[:, None]
     shift = tl.zeros((BN, 1), tl.float32)
@@ -270,10 +277,12 @@ def _fused(x, weights, n, k, bias, options, tile) -> torch.Tensor:
     if tile.splits > 1:
         partials = torch.empty(tiles * tile.splits * tile.bn * tile.bm, dtype=torch.float32, device=x.device)
         counters = split_counters(x.device, tiles)
+    in_planes = t > PLAIN_TOKENS
+    x = planes(x) if in_planes else x.contiguous()
     form = "fp32" if INTERPRET or x.dtype == torch.float32 else "bf16" if x.dtype == torch.bfloat16 else "fp16"
     _lattice_linear[(tiles * tile.splits,)](
-        planes(x), *weights, y if bias is None else bias, y, partials, counters, t, n, k,
-        BM=tile.bm, BN=tile.bn, BK=tile.step, S=tile.splits, HAS_BIAS=bias is not None, FORM=form,
+        x, *weights, y if bias is None else bias, y, partials, counters, t, n, k,
+        BM=tile.bm, BN=tile.bn, BK=tile.step, S=tile.splits, PLANES=in_planes, HAS_BIAS=bias is not None, FORM=form,
         num_warps=tile.warps, num_stages=tile.stages, **options,
     )  # fmt: skip
     return y

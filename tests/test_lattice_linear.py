@@ -10,7 +10,7 @@ from tiny_models import assert_unchanged, logits, snapshot, tiny, tokens
 import tqcompile
 from tqcompile import ops
 from tqcompile.config import LOW_BIT_SCHEMES, Config, Scheme
-from tqcompile.errors import CheckpointError
+from tqcompile.errors import CheckpointError, ExportError
 from tqcompile.methods.low_bit import solve_site
 from tqcompile.methods.twin import SiteProblem
 from tqcompile.modules import LatticeLinear
@@ -28,9 +28,7 @@ def bit_by_bit(packed, bits, k):
     for j in range(k):
         codes[:, j] = rows[:, 2 * j] + 2 * rows[:, 2 * j + 1]
         if bits == 3:
-            low = j // 4 % 8  # the byte of the low bits among those of 32 elements
-            at = 2 * k + 8 * (j // 32 * 4 + low % 4) + 4 * (low // 4) + j % 4
-            codes[:, j] += 4 * rows[:, at]
+            codes[:, j] += 4 * rows[:, 2 * k + j]
     return codes
 
 
@@ -46,7 +44,7 @@ def test_codes_are_packed_as_documented(bits):
 
 def test_what_does_not_fit_is_not_packed():
     with pytest.raises(ValueError, match="columns"):
-        pack_codes(torch.zeros(2, 40, dtype=torch.long), 3)
+        pack_codes(torch.zeros(2, 36, dtype=torch.long), 3)
     with pytest.raises(ValueError, match="4 bits"):
         pack_codes(torch.zeros(2, 32, dtype=torch.long), 4)
     for wrong in (-1, 4):
@@ -217,3 +215,12 @@ def test_attached_components_run_in_the_backend(scheme):
     assert set(reports[-1].quantized.values()) == {"attached"}
     assert torch.isfinite(found).all()
     torch._dynamo.reset()
+
+
+def test_onnx_export_refuses_the_layer_by_name(tmp_path):
+    pytest.importorskip("onnxscript")
+    model = tiny("Llama")
+    tqcompile.compile(model, scheme="unisvq-w2a16", **SETTINGS)
+    with pytest.raises(ExportError, match=r"model\.layers\.0\.self_attn\.q_proj"):
+        tqcompile.export_onnx(model, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())

@@ -171,7 +171,7 @@ class TunableLattice(nn.Module):
             found["output_scale"] = _stored(self.output_scale, self.output_low_factor)
         for name, value in found.items():
             if value is not None:
-                tensors[name] = value.detach().to(tensors[name])
+                tensors[name] = value.detach().to(tensors[name], copy=True)  # files hold no tensor twice
         return QuantizedLinear(self.spec, tensors)
 
 

@@ -10,7 +10,6 @@ others.
 """
 
 import dataclasses
-import itertools
 
 import torch
 
@@ -21,6 +20,8 @@ from tqcompile.ops.lattice_linear import ZERO_STEPS
 RATIOS = 17  # clipping ratios that are tried for a group's grid
 DIMENSION = 4  # d of a lattice
 PASSES = 2
+SEARCHED = 256  # points that a search for a scale may go through; of more it takes the one by rounding T^-1 w
+SAMPLE = 1 << 17  # vectors that a lattice is learned from, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +34,7 @@ class Lattice:
     def codewords(self, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         """All codes (2^(bits d), d) uint8 and the points T (code + offset) they stand for, float32."""
         d = len(self.offset)
-        codes = torch.tensor(list(itertools.product(range(1 << bits), repeat=d)), dtype=torch.uint8)
-        codes = codes.to(self.offset.device)
+        codes = torch.cartesian_prod(*[torch.arange(1 << bits, dtype=torch.uint8, device=self.offset.device)] * d)
         points = codes + self.offset
         return codes, points if self.basis is None else points @ self.basis.t()
 
@@ -155,12 +155,12 @@ def lattice_scales(w: torch.Tensor, group_size: int, bits: int, lattice: Lattice
         scale = rms / points.square().mean().sqrt() * factor
         for _ in range(3):
             units = (groups / scale.unsqueeze(-1)).unflatten(-1, (-1, len(lattice.offset)))
-            q = _points(nearest(units, bits, lattice), lattice).flatten(-2)
+            q = _points(_near(units, bits, lattice), lattice).flatten(-2)
             fitted = (weight * q * groups).sum(-1) / (weight * q.square()).sum(-1).clamp_min(1e-30)
             scale = torch.where(fitted > 0, fitted, scale)
         scale = storable(scale)
         units = (groups / scale.unsqueeze(-1)).unflatten(-1, (-1, len(lattice.offset)))
-        q = _points(nearest(units, bits, lattice), lattice).flatten(-2) * scale.unsqueeze(-1)
+        q = _points(_near(units, bits, lattice), lattice).flatten(-2) * scale.unsqueeze(-1)
         error = ((q - groups).square() * weight).sum(-1)
         if best is None:
             best, best_error = scale, error
@@ -172,6 +172,13 @@ def lattice_scales(w: torch.Tensor, group_size: int, bits: int, lattice: Lattice
 def _points(codes: torch.Tensor, lattice: Lattice) -> torch.Tensor:
     points = codes.float() + lattice.offset
     return points if lattice.basis is None else points @ lattice.basis.t()
+
+
+def _near(units: torch.Tensor, bits: int, lattice: Lattice) -> torch.Tensor:
+    if lattice.basis is None or 1 << bits * len(lattice.offset) <= SEARCHED:
+        return nearest(units, bits, lattice)
+    codes = units @ torch.linalg.inv(lattice.basis).t() - lattice.offset
+    return codes.round().clamp(0, (1 << bits) - 1).to(torch.uint8)
 
 
 def nearest(units: torch.Tensor, bits: int, lattice: Lattice, metric: torch.Tensor | None = None) -> torch.Tensor:
@@ -196,6 +203,7 @@ def learn_lattice(w: torch.Tensor, group_size: int, bits: int, rounds: int = 12)
     least squares, started at T = I."""
     units = w / lattice_scales(w, group_size, bits, integer_lattice(bits, w.device)).repeat_interleave(group_size, 1)
     units = units.reshape(-1, DIMENSION)
+    units = units[:: -(-len(units) // SAMPLE)]
     lattice = integer_lattice(bits, w.device)
     for _ in range(rounds):
         codes = nearest(units, bits, lattice).float()
