@@ -8,6 +8,7 @@ Components below four bits become the transform and ``lattice_linear`` itself, w
 Must hold after: every linear left is named with a reason in ``gm.meta["decompose_linear"]``.
 """
 
+import operator
 from collections.abc import Callable, Mapping
 
 import torch
@@ -172,6 +173,15 @@ class DecomposeLinear(Pass):
         bias = read.get("bias")
         args = (operand, *map(read.get, names), None if spec.output_signs else bias, spec.weight_bits)
         y = call_op(gm.graph, torch.ops.tqcompile.lattice_linear.default, args, node.meta)
+        if spec.rank:
+            t = operand
+            for part in ("down", "up"):
+                packed = (read[f"{part}.weight_packed"], read[f"{part}.weight_scale"])
+                args = (t, None, *packed, None, None, None, None, None, 0.0, example_value(x).dtype)
+                t = call_op(gm.graph, torch.ops.tqcompile.twin_linear.default, args, node.meta)
+            total = gm.graph.call_function(operator.add, (y, t))
+            total.meta = dict(node.meta)
+            return total
         if not spec.output_signs:
             return y
         behind = {"y": y, "rotation": read["output_rotation"], "scale": read["output_scale"]}

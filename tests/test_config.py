@@ -10,7 +10,7 @@ from tqcompile.errors import ConfigError, TQError
 
 
 def test_schemes_are_every_method_at_every_width():
-    assert len(SCHEMES) == len(set(SCHEMES)) == 28
+    assert len(SCHEMES) == len(set(SCHEMES)) == 30
     for name in SCHEMES:
         scheme = Scheme.parse(name)
         assert scheme.name == name

@@ -154,7 +154,7 @@ def test_a_basis_moves_to_the_activations(signs):
     assert ((moved(x) - y).norm() / y.norm()) < 4e-3  # the product of both matrices is rounded to bfloat16
 
 
-@pytest.mark.parametrize("scheme", ["d2-w3a16", "d2-w2a16", "unisvq-w2a16", "gptq-w3a16"])
+@pytest.mark.parametrize("scheme", ["d2-w3a16", "twin-w2a16", "unisvq-w2a16", "gptq-w3a16"])
 def test_compile_save_load_and_report(scheme, tmp_path):
     model = tiny("Qwen3")
     tqcompile.compile(model, tokens(), scheme=scheme, **{**SETTINGS, "tune": 3})
@@ -167,7 +167,7 @@ def test_compile_save_load_and_report(scheme, tmp_path):
     assert {record.scheme for record in report.layers} == {scheme}
     assert all(0 < record.error < 1 for record in report.layers)
     corrected = [n for n, _ in model.named_parameters() if n.endswith(".shift")]
-    assert len(corrected) == (2 if scheme.startswith("d2") else 0)
+    assert len(corrected) == (2 if scheme.startswith(("d2", "twin")) else 0)
     tqcompile.save(model, tmp_path / "m")
     again = tqcompile.load(tmp_path / "m")
     assert torch.equal(logits(again), logits(model))
@@ -178,7 +178,7 @@ def test_compile_save_load_and_report(scheme, tmp_path):
         tqcompile.load(tmp_path / "m")
 
 
-@pytest.mark.parametrize("scheme", ["d2-w2a16", "unisvq-w3a16"])
+@pytest.mark.parametrize("scheme", ["d2-w2a16", "unisvq-w2a16", "twin-w2a16"])
 def test_the_backend_runs_compiled_models_and_quantizes_plain_ones(scheme):
     model = tiny("Qwen3")
     tqcompile.compile(model, tokens(), scheme=scheme, **SETTINGS)
@@ -187,7 +187,8 @@ def test_the_backend_runs_compiled_models_and_quantizes_plain_ones(scheme):
     assert torch.equal(logits(model), expected)
     from tqcompile.backend import reports
 
-    assert list(reports[-1].lowered.values()) == ["reference: there is no kernel for device cpu"] * 14
+    ops_of_a_layer = 3 if scheme.startswith("twin") else 1
+    assert list(reports[-1].lowered.values()) == ["reference: there is no kernel for device cpu"] * 14 * ops_of_a_layer
     torch._dynamo.reset()
     plain = tiny("Qwen3").requires_grad_(False)
     exact_logits = logits(plain)

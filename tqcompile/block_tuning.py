@@ -117,7 +117,7 @@ class TunableLinear(nn.Module):
 class TunableLattice(nn.Module):
     """The differentiable form of a ``LatticeLinear``; x (..., K) float32 -> (..., N). Codes stay.
 
-    sibling: another linear of the same site, with which it shares the basis: that is applied to the site's input.
+    sibling: another linear of the same site, with which it shares the basis and ``down``: these read the site's input.
     """
 
     def __init__(self, quantized: QuantizedLinear, device: torch.device, sibling: "TunableLattice | None" = None):
@@ -141,6 +141,12 @@ class TunableLattice(nn.Module):
         self.input_scale = tensors.get("transform.input_scale")
         self.rotation = signed_hadamard(spec.rotation_signs).to(device) if spec.rotation_signs else None
         self.output_rotation = signed_hadamard(spec.output_signs).to(device) if spec.output_signs else None
+        parts = ("down", "up") if spec.rank else ()
+        self.parts = nn.ModuleDict(
+            {n: _Codes(tensors[f"{n}.weight_packed"], tensors[f"{n}.weight_scale"], True) for n in parts}
+        )
+        if sibling is not None and spec.rank:
+            self.parts["down"] = sibling.parts["down"]
 
     def zero(self) -> torch.Tensor:
         """(N, K/g), on the steps in which it is stored."""
@@ -155,6 +161,8 @@ class TunableLattice(nn.Module):
             points = points if self.basis_point is None else points @ self.basis_point.t()
             points = points.flatten(-2)
         weight = (points * _stored(self.scale, self.low_factor).unsqueeze(-1)).flatten(-2)
+        if self.spec.rank:
+            weight = weight + self.parts["up"]() @ self.parts["down"]()
         y = nn.functional.linear(transform_activation(x, self.input_scale, self.rotation), weight)
         if self.output_rotation is not None:
             return mix_outputs(y, self.output_rotation, _stored(self.output_scale, self.output_low_factor), self.bias)
@@ -169,6 +177,8 @@ class TunableLattice(nn.Module):
         found |= {"weight_offset": self.offset_point, "transform.basis": self.basis_point}
         if self.output_scale is not None:
             found["output_scale"] = _stored(self.output_scale, self.output_low_factor)
+        for name, part in self.parts.items():
+            tensors |= part.tensors(name)
         for name, value in found.items():
             if value is not None:
                 tensors[name] = value.detach().to(tensors[name], copy=True)  # files hold no tensor twice

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from tqcompile.errors import ConfigError
 
 METHODS = ("twin", "rtn", "gptq", "svdquant", "quarot", "spinquant")
-LOW_BIT_METHODS = ("d2", "unisvq", "rtn", "gptq", "quarot")
+LOW_BIT_METHODS = ("d2", "unisvq", "twin", "rtn", "gptq", "quarot")
 DEFAULT_IGNORE = ("lm_head",)
 HEADS = ("keep", "w8a16", "w4a16")
 _SCHEME = re.compile(r"(?P<method>[a-z0-9]+)-w(?P<w>\d+)a(?P<a>\d+)")

@@ -166,7 +166,8 @@ class LatticeTransform(_FixedDtype):
 
 
 class LatticeLinear(_FixedDtype):
-    """A linear layer with 2-bit or 3-bit codes: transform, ``lattice_linear``, and the rotation of the result, if any.
+    """A linear layer with 2-bit or 3-bit codes: transform, ``lattice_linear``, and the rotation of the result or the
+    4-bit low rank beside it, if any.
 
     Buffers: see :class:`tqcompile.methods.components.QuantizedLinear`; x is (..., K), the result (..., N) in the dtype
     of x.
@@ -189,6 +190,9 @@ class LatticeLinear(_FixedDtype):
         buffer("output_scale", bool(spec.output_signs), n_out, dtype=torch.bfloat16)
         buffer("bias", spec.bias_dtype is not None, n_out, dtype=getattr(torch, spec.bias_dtype or "float32"))
         self.register_buffer("output_rotation", None, persistent=False)
+        if spec.rank:
+            self.down = PackedWeight(spec.rank, n_in, groups, device)
+            self.up = PackedWeight(n_out, spec.rank, 1, device)
 
     @staticmethod
     def from_quantized(quantized: QuantizedLinear) -> "LatticeLinear":
@@ -218,6 +222,10 @@ class LatticeLinear(_FixedDtype):
             None if mixed else self.bias,
             self.spec.weight_bits,
         )
+        if self.spec.rank:
+            down, up = self.down, self.up
+            t = ops.weight_only(u, down.weight_packed, down.weight_scale)
+            y = y + ops.weight_only(t, up.weight_packed, up.weight_scale)
         return ops.mix_outputs(y, self.output_rotation, self.output_scale, self.bias) if mixed else y
 
     def extra_repr(self) -> str:

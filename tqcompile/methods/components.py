@@ -16,7 +16,8 @@ class LinearSpec:
     rotation as hex digits, so that the matrix need not be stored; "" for any other matrix.
     scaled: an on-line (K,) input scale exists.
     bias_dtype: torch dtype name of the bias, or None.
-    weight_bits: 4; 2 or 3 for a ``LatticeLinear`` (rank 0, act_bits 16, any rotation a signed Hadamard); or 8 for an
+    weight_bits: 4; 2 or 3 for a ``LatticeLinear`` (act_bits 16, any rotation a signed Hadamard, a low rank only
+        without a lattice); or 8 for an
         output head that is only rounded to int8 (rank 0, act_bits 16, no transform).
     lattice: d of the lattice that a ``LatticeLinear``'s codes are on, or 0 for a zero point a group.
     basis: whether the lattice has a basis T other than the identity.
@@ -53,7 +54,7 @@ class QuantizedLinear:
     (b, b) bfloat16, bias (N,) where they exist. With ``weight_bits`` 8: weight_int8 (N, K),
     weight_scale (N, K/g) bfloat16, bias. With 2 or 3: weight_codes (N, K * bits / 8) uint8, weight_scale (N, K/g)
     bfloat16, weight_zero (N, K/g) uint8 or weight_offset (d,) float32 (``lattice``), transform.basis (d, d) float32,
-    output_scale (N,) bfloat16 (``output_signs``), transform.input_scale (K,), bias.
+    output_scale (N,) bfloat16 (``output_signs``), transform.input_scale (K,), bias, and down and up as above.
     """
 
     spec: LinearSpec
@@ -77,7 +78,8 @@ def lattice_fits(spec: LinearSpec) -> bool:
     if spec.weight_bits > 3:
         return (spec.lattice, spec.basis, spec.output_signs) == (0, False, "")
     return (
-        (spec.rank, spec.act_bits) == (0, 16)
+        spec.act_bits == 16
+        and (spec.rank == 0 or (spec.low_rank_bits == 4 and spec.lattice == 0 and spec.output_signs == ""))
         and spec.in_features % 32 == 0
         and isinstance(spec.lattice, int)
         and (spec.lattice == 0 or (0 < spec.lattice <= 8 and spec.group_size % spec.lattice == 0))

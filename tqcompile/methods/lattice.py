@@ -21,7 +21,7 @@ RATIOS = 17  # clipping ratios that are tried for a group's grid
 DIMENSION = 4  # d of a lattice
 PASSES = 2
 SEARCHED = 256  # points that a search for a scale may go through; of more it takes the one by rounding T^-1 w
-SAMPLE = 1 << 17  # vectors that a lattice is learned from, at most
+WORK = 1 << 25  # distances that are computed in one round of learning a lattice, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +203,7 @@ def learn_lattice(w: torch.Tensor, group_size: int, bits: int, rounds: int = 12)
     least squares, started at T = I."""
     units = w / lattice_scales(w, group_size, bits, integer_lattice(bits, w.device)).repeat_interleave(group_size, 1)
     units = units.reshape(-1, DIMENSION)
-    units = units[:: -(-len(units) // SAMPLE)]
+    units = units[:: -(-len(units) * (1 << bits * DIMENSION) // WORK)]
     lattice = integer_lattice(bits, w.device)
     for _ in range(rounds):
         codes = nearest(units, bits, lattice).float()

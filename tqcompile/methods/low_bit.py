@@ -1,7 +1,8 @@
 """Quantizing a site below four bits: candidates for its scale and rotation, the rounding, and the choice.
 
 A candidate's scale s and rotation Q are used as in ``twin``: x~ = (x / s) Q, W~ = W diag(s) Q^-T. Where the recipe
-mixes outputs, the rows of W~ are rotated too, W_r = P W~, and the layer multiplies by P^T behind. There is no low rank.
+mixes outputs, the rows of W~ are rotated too, and the layer rotates its result back. A low rank comes first, as in
+``twin``: the codes are those of W~ - up down, after both factors were rounded to four bits.
 """
 
 import dataclasses
@@ -14,10 +15,11 @@ from tqcompile.methods.dual_scale import OBJECTIVES, dual_scale
 from tqcompile.methods.gptq import DAMPING, inverse_factor
 from tqcompile.methods.hadamard import random_signs, rotate_blocks, rotation_block, signed_hadamard
 from tqcompile.methods.lattice import Codes, Lattice, encode, integer_lattice, learn_lattice, refine
+from tqcompile.methods.lowrank import quantize_factors, svd_factors
 from tqcompile.methods.rounding import require_finite
 from tqcompile.methods.select import Solution
 from tqcompile.methods.statistics import balance_tokens
-from tqcompile.methods.twin import SiteProblem, SiteTransform
+from tqcompile.methods.twin import SiteProblem, SiteTransform, factor_tensors
 from tqcompile.ops.packing import pack_codes
 
 
@@ -102,6 +104,10 @@ def _quantize(problem: SiteProblem, w: torch.Tensor, name: str, scale: torch.Ten
         parts = zip(w.split([len(part) for part in problem.weights]), out_signs, strict=True)
         w = torch.cat([mix_rows(part, s) for part, s in parts])
     size = problem.config.group_size
+    if recipe.low_rank_bits:
+        low = svd_factors(w, problem.config.rank, generator)
+        transform.factors = quantize_factors(low, size)
+        w = w - transform.factors.product()
     lattice: Lattice | None = None
     if recipe.lattice:
         lattice = learn_lattice(w, size, bits) if recipe.learn_lattice else integer_lattice(bits, w.device)
@@ -135,7 +141,10 @@ def _held_out_error(problem: SiteProblem, w: torch.Tensor, candidate: Candidate)
     statistics, transform = problem.statistics, candidate.transform
     x = balance_tokens(statistics.held_out) if statistics.balanced else statistics.held_out
     target = x @ w.t()
-    y = transform.activations(x) @ candidate.codes.weights().t()
+    found = candidate.codes.weights()
+    if transform.factors is not None:
+        found = found + transform.factors.product()
+    y = transform.activations(x) @ found.t()
     parts = zip(y.split([len(part) for part in problem.weights], 1), candidate.output_signs, strict=True)
     y = torch.cat([rotate_blocks(part, signed_hadamard(s).to(part)) if s else part for part, s in parts], 1)
     return float((y - target).norm() / target.norm().clamp_min(1e-30))
@@ -150,6 +159,7 @@ def _linears(problem: SiteProblem, best: Candidate) -> list[QuantizedLinear]:
         rows = slice(start, start + len(weight))
         start = rows.stop
         tensors = {"weight_codes": packed[rows].clone(), "weight_scale": scale[rows].clone()}
+        tensors |= factor_tensors(transform.factors, rows)
         if lattice is None:
             tensors["weight_zero"] = found.zero[rows].clone()
         else:
@@ -165,7 +175,7 @@ def _linears(problem: SiteProblem, best: Candidate) -> list[QuantizedLinear]:
         spec = LinearSpec(
             out_features=weight.shape[0],
             in_features=weight.shape[1],
-            rank=0,
+            rank=0 if transform.factors is None else problem.config.rank,
             group_size=problem.config.group_size,
             act_bits=16,
             rotation_block=0 if transform.rotation is None else len(transform.rotation),

@@ -85,6 +85,8 @@ LOW_BIT_RECIPES = {
         passes=4,
     ),
 }
+# A twin low rank over D2Quant's residual.
+LOW_BIT_RECIPES["twin"] = dataclasses.replace(LOW_BIT_RECIPES["d2"], low_rank_bits=4)
 
 
 def recipe_of(scheme: Scheme) -> Recipe:

@@ -263,7 +263,7 @@ def quantize_site(problem: SiteProblem, transform: SiteTransform) -> list[Quanti
             "residual.weight_packed": packed[rows].clone(),
             "residual.weight_scale": scales[rows].to(torch.bfloat16),
         }
-        tensors |= _factor_tensors(transform.factors, rows)
+        tensors |= factor_tensors(transform.factors, rows)
         if transform.scale is not None:
             tensors["transform.input_scale"] = 1.0 / transform.scale
         if transform.rotation is not None:
@@ -287,7 +287,8 @@ def quantize_site(problem: SiteProblem, transform: SiteTransform) -> list[Quanti
     return out
 
 
-def _factor_tensors(factors: LowRank | None, rows: slice) -> dict[str, torch.Tensor]:
+def factor_tensors(factors: LowRank | None, rows: slice) -> dict[str, torch.Tensor]:
+    """The tensors of a low-rank component as a layer stores them, of the given rows of the stacked weights."""
     if factors is None:
         return {}
     if factors.up_codes is None:

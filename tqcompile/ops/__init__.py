@@ -5,7 +5,7 @@ from tqcompile.ops.lattice_linear import lattice_linear, lattice_linear_referenc
 from tqcompile.ops.prologue import prologue, prologue_reference
 from tqcompile.ops.quantize_activation import quantize_activation, quantize_activation_reference
 from tqcompile.ops.twin_gemm import twin_gemm, twin_gemm_reference
-from tqcompile.ops.twin_linear import twin_linear, twin_linear_reference
+from tqcompile.ops.twin_linear import twin_linear, twin_linear_reference, weight_only
 
 __all__ = [
     "int8_linear",
@@ -21,4 +21,5 @@ __all__ = [
     "twin_gemm_reference",
     "twin_linear",
     "twin_linear_reference",
+    "weight_only",
 ]
