@@ -1,11 +1,15 @@
 """A site below four bits: candidates and their choice, the column scale of down_proj, and what is stored."""
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_models import logits, tiny, tokens
 from torch import nn
 
 import tqcompile
+from tqcompile.block_tuning import TunableLattice
 from tqcompile.config import Config, Scheme
 from tqcompile.errors import NumericError
 from tqcompile.methods import low_bit, recipe
@@ -146,3 +150,65 @@ def test_the_column_scale_goes_into_up_proj_or_stays_on_line(name, monkeypatch):
     tqcompile.compile(model, tokens(), scheme="d2-w3a16", ignore=ignore, **SETTINGS)
     down = next(r for r in tqcompile.report(model).layers if r.name == "model.layers.1.mlp.down_proj")
     assert "dual" not in down.transform
+    assert "no column scale (model.layers.1.mlp.up_proj could absorb but is not quantized" in down.transform
+
+
+def test_the_parts_that_the_accuracy_benchmark_leaves_out_exist(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import accuracy
+
+    recipes = dict(recipe.LOW_BIT_RECIPES)
+    for method, variants in accuracy.LOW_BIT_ABLATIONS.items():
+        for variant in variants:
+            monkeypatch.setattr(recipe, "LOW_BIT_RECIPES", dict(recipes))
+            settings = accuracy.apply_variant(variant, f"{method}-w2a16")
+            Config(**settings)
+            assert settings or recipe.LOW_BIT_RECIPES[method] != recipes[method]
+
+
+@pytest.mark.parametrize("scheme", ["d2-w3a16", "unisvq-w2a16", "twin-w2a16", "mixed"])
+def test_the_tunable_form_computes_the_stored_layer_and_stores_what_it_computes(scheme, monkeypatch):
+    if scheme == "mixed":
+        scheme = "unisvq-w2a16"
+        mixed = dataclasses.replace(recipe.LOW_BIT_RECIPES["unisvq"], mix_outputs=True)
+        monkeypatch.setitem(recipe.LOW_BIT_RECIPES, "unisvq", mixed)
+    stored = solve_site(problem(scheme)).quantized
+    x = random(3, 5, 128, seed=1)
+    first = TunableLattice(stored[0], x.device)
+    second = TunableLattice(stored[1], x.device, first)
+    for tunable, quantized in ((first, stored[0]), (second, stored[1])):
+        expected = LatticeLinear.from_quantized(quantized)(x)
+        assert (tunable(x) - expected).norm() < 5e-3 * expected.norm()  # T and Q are rounded as one matrix
+        result = tunable.result()
+        assert result.spec == quantized.spec
+        assert {n: t.dtype for n, t in result.tensors.items()} == {n: t.dtype for n, t in quantized.tensors.items()}
+        assert all(torch.equal(result.tensors[n], t) for n, t in quantized.tensors.items())
+    # After a step on everything that is free, the stored layer still computes what was tuned.
+    with torch.no_grad():
+        for index, parameter in enumerate([*first.parameters(), *second.parameters()]):
+            if parameter.requires_grad and parameter.is_floating_point() and parameter.dim():
+                parameter.add_(0.02 * random(*parameter.shape, seed=index))
+    for tunable, quantized in ((first, stored[0]), (second, stored[1])):
+        result = tunable.result()
+        moved = {n for n, t in quantized.tensors.items() if not torch.equal(t, result.tensors[n])}
+        free = {"weight_scale", "weight_zero", "weight_offset", "output_scale", "bias", "transform.basis"}
+        assert free & set(quantized.tensors) <= moved
+        assert not moved & {"weight_codes", "transform.input_scale", "down.weight_packed", "up.weight_packed"}
+        expected = LatticeLinear.from_quantized(result)(x)
+        assert (tunable(x) - expected).norm() < 5e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("scheme", ["d2-w2a16", "unisvq-w2a16"])
+def test_tuning_brings_blocks_closer(scheme):
+    model = tiny("Qwen3")
+    tqcompile.compile(model, tokens(), scheme=scheme, **{**SETTINGS, "tune": 8})
+    records = tqcompile.report(model).blocks
+    assert len(records) == 2
+    assert all(r.kept and r.after < 0.95 * r.before for r in records)
+
+
+def test_same_seed_same_bytes():
+    runs = [solve_site(problem("unisvq-w2a16")).quantized for _ in range(2)]
+    for one, other in zip(*runs, strict=True):
+        assert one.spec == other.spec
+        assert all(torch.equal(one.tensors[n], other.tensors[n]) for n in one.tensors)

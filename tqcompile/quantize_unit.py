@@ -183,6 +183,9 @@ def correct_unit(job: Job, unit: Unit, gains: dict[str, torch.Tensor]) -> None:
     gains: from :func:`norm_gains`; a scale that a norm absorbed since divides the mean too.
     """
     if not unit.means:
+        if unit.calls:
+            why = next((s.reason for s in unit.sites[1:] if s.reason), "no norm is read by its later linears alone")
+            job.report.notes.append(f"{unit.name}: the mean of no norm is corrected ({why})")
         return
     block = job.model.get_submodule(unit.name)
     with mean_outputs(job.model, list(unit.means)) as means:
@@ -255,6 +258,8 @@ def _describe(work: _Solved) -> str:
         absorber = work.scale_absorber
         where = f"in {absorber.module}" if absorber else f"on-line ({site.reason or 'no absorber'})"
         parts.append(f"{transform.scale_name} {where}")
+    if work.problem.recipe.dual and site.absorber is None:
+        parts.append(f"no column scale ({site.reason})")
     shapes = [tuple(weight.shape) for weight in work.problem.weights]
     scaled = transform.scale is not None and work.scale_absorber is None
     cost = online_cost(shapes, 0 if work.rotation_absorber else block, scaled)

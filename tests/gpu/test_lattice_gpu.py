@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from lattice_bounds import CASES, random_arguments, worst
+from tiny_models import tiny, tokens
 
 pytest.importorskip("triton")
 from tqcompile import ops
@@ -47,6 +48,24 @@ def test_layer_shapes_are_within_their_bound(n, k, bits):
 def test_odd_shapes_are_within_their_bound(case):
     args = random_arguments(*case, device="cuda")
     assert worst(run(args), *args, rounded_weights=case[0] > kernel.DENSE_TOKENS) <= 1
+
+
+@pytest.mark.parametrize("scheme", ["d2-w2a16", "d2-w3a16", "unisvq-w2a16", "twin-w2a16"])
+def test_a_compiled_model_runs_the_kernel(scheme):
+    import tqcompile
+    from tqcompile.backend import reports
+
+    model = tiny("Qwen3").cuda()
+    ids = tokens(3, 9, seed=7).cuda()
+    tqcompile.compile(model, tokens(), scheme=scheme, rank=16, group_size=64, tune=2, backend=None, progress=False)
+    eager = model(input_ids=ids).logits
+    model.compile(backend="twinquant", dynamic=True, options={"quantize": False})
+    found = model(input_ids=ids).logits
+    assert (found - eager).norm() < 1e-3 * eager.norm()
+    assert list(reports[-1].lowered.values()).count("triton") >= 14
+    on_cpu = model.cpu()(input_ids=ids.cpu()).logits
+    assert (found.cpu() - on_cpu).norm() < 1e-2 * on_cpu.norm()
+    torch._dynamo.reset()
 
 
 def test_one_result_whatever_runs_beside_it_and_in_a_graph():

@@ -206,9 +206,13 @@ def learn_lattice(w: torch.Tensor, group_size: int, bits: int, rounds: int = 12)
     units = units[:: -(-len(units) * (1 << bits * DIMENSION) // WORK)]
     lattice = integer_lattice(bits, w.device)
     for _ in range(rounds):
-        codes = nearest(units, bits, lattice).float()
-        ones = torch.ones_like(codes[:, :1])
-        affine = torch.linalg.lstsq(torch.cat([codes, ones], 1), units).solution
+        codes = nearest(units, bits, lattice).double()
+        # Normal equations in float64: LAPACK's least squares gives other bits when tensors lie elsewhere in memory.
+        codes = torch.cat([codes, torch.ones_like(codes[:, :1])], 1)
+        affine, singular = torch.linalg.solve_ex(codes.t() @ codes, codes.t() @ units.double())
+        if singular:
+            break
+        affine = affine.float()
         basis = affine[:DIMENSION].t().contiguous()
         if not torch.isfinite(affine).all() or torch.linalg.cond(basis.double()) > 1e3:
             break
