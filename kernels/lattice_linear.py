@@ -229,6 +229,11 @@ def unsupported(x, codes, scale, zero, offset, bias, bits) -> str | None:
     return None
 
 
+def describe(x, codes, scale, zero, offset, bias, bits) -> str:
+    """Which form :func:`launch` takes: "fused", or "dense" (weights written out, then cuBLAS)."""
+    return "dense" if x.numel() // x.shape[-1] > DENSE_TOKENS else "fused"
+
+
 def planes(x: torch.Tensor) -> torch.Tensor:
     """(T, K) -> (4, T, K / 4): element i of every four consecutive ones in plane i."""
     return x.unflatten(-1, (-1, 4)).movedim(-1, 0).contiguous()
@@ -254,7 +259,7 @@ def launch(x, codes, scale, zero, offset, bias, bits, tile: Tile | None = None) 
     }
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         weights = [codes, scale, codes if zero is None else zero, scale if offset is None else offset]
-        if t > DENSE_TOKENS and tile is None:
+        if tile is None and describe(x, *weights, bias, bits) == "dense":
             y = _through_dense(flat, weights, n, k, bias, options)
         else:
             y = _fused(flat, weights, n, k, bias, options, tile)

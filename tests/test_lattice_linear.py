@@ -190,6 +190,13 @@ def test_the_backend_runs_compiled_models_and_quantizes_plain_ones(scheme):
     ops_of_a_layer = 3 if scheme.startswith("twin") else 1
     assert list(reports[-1].lowered.values()) == ["reference: there is no kernel for device cpu"] * 14 * ops_of_a_layer
     torch._dynamo.reset()
+    # Made for a GPU, q/k/v are one product, and gate/up: the transform is the same, so it is applied once.
+    model.compile(backend="twinquant", options={"inner": "eager", "quantize": False, "lower": True})
+    assert torch.equal(logits(model), expected)
+    assert reports[-1].modified["merge_siblings"]
+    if not scheme.startswith("twin"):
+        assert len(reports[-1].lowered) == 8
+    torch._dynamo.reset()
     plain = tiny("Qwen3").requires_grad_(False)
     exact_logits = logits(plain)
     plain.compile(backend="twinquant", options={"inner": "eager", "scheme": scheme, "group_size": 64})

@@ -117,7 +117,8 @@ class TunableLinear(nn.Module):
 class TunableLattice(nn.Module):
     """The differentiable form of a ``LatticeLinear``; x (..., K) float32 -> (..., N). Codes stay.
 
-    sibling: another linear of the same site, with which it shares the basis and ``down``: these read the site's input.
+    sibling: another linear of the same site, with which it shares the lattice and ``down``, so that a compiler can
+    make both one linear.
     """
 
     def __init__(self, quantized: QuantizedLinear, device: torch.device, sibling: "TunableLattice | None" = None):
@@ -134,7 +135,7 @@ class TunableLattice(nn.Module):
         self.zero_point = parameter("weight_zero", 1 / ZERO_STEPS)
         self.offset_point, self.basis_point = parameter("weight_offset"), parameter("transform.basis")
         if sibling is not None:
-            self.basis_point = sibling.basis_point
+            self.offset_point, self.basis_point = sibling.offset_point, sibling.basis_point
         self.output_scale = tensors["output_scale"].float() if spec.output_signs else None
         self.output_low_factor = nn.Parameter(torch.zeros_like(self.output_scale)) if spec.output_signs else None
         self.bias = parameter("bias")
