@@ -98,6 +98,21 @@ def test_a_scale_that_the_norm_absorbed_divides_the_mean_too(monkeypatch):
     assert torch.allclose(seen["b"] * scale, seen["a"], atol=1e-4 * float(seen["a"].abs().max()))
 
 
+def test_padding_does_not_count():
+    model, ids = tiny("Qwen3"), tokens()
+    mask = torch.ones_like(ids)
+    mask[:, 8:] = 0
+    other = torch.where(mask.bool(), ids, tokens(seed=5))
+    assert not torch.equal(ids, other)
+    shifts = []
+    for batch in (ids, other):
+        model = tiny("Qwen3")
+        tqcompile.compile(model, [{"input_ids": batch, "attention_mask": mask}], **SETTINGS)
+        shifts.append(model.model.layers[1].post_attention_layernorm.shift.detach())
+    assert torch.allclose(*shifts, atol=1e-5 * float(shifts[0].abs().max()))
+    assert shifts[0].abs().max() > 0
+
+
 def test_a_failure_takes_the_correction_back(monkeypatch):
     model = tiny("Qwen3")
     before, calls = snapshot(model), []

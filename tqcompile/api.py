@@ -186,9 +186,7 @@ def _quantize(
 def _correction_note(model: nn.Module, job: Job, report: Report) -> str:
     """What D2Quant's mean correction did, and what its biases cost beside the layers' own bits."""
     if not job.corrected:
-        why = (
-            "no block has calibration data and a norm before its later linears" if job.absorb else "nothing is changed"
-        )
+        why = "no block has calibration data and such a norm" if job.absorb else "the model is left as it is"
         return f"the mean of no norm was corrected: {why}"
     stored = sum(8 * p.numel() * p.element_size() for p in map(model.get_parameter, job.corrected))
     bits = stored / sum(record.shape[0] * record.shape[1] for record in report.layers)

@@ -188,7 +188,7 @@ def correct_unit(job: Job, unit: Unit, gains: dict[str, torch.Tensor]) -> None:
             job.report.notes.append(f"{unit.name}: the mean of no norm is corrected ({why})")
         return
     block = job.model.get_submodule(unit.name)
-    with mean_outputs(job.model, list(unit.means)) as means:
+    with mean_outputs(job.model, list(unit.means), [call.mask for call in unit.calls]) as means:
         for call in unit.calls:
             block(call.hidden, *call.args, **call.kwargs)
     for name, mean in means.items():
