@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy.py --json accuracy.json                  # every method, embedded model
     python benchmarks/accuracy.py --ablation --json ablation.json       # what each part of twin brings
+    python benchmarks/accuracy.py --low-bit --json low_bit.json         # every scheme below four bits, and their parts
     python benchmarks/accuracy.py --model DIR --device cuda --jobs 8 --inject
 
 A run is one (model, scheme, seed, variant), made in a process of its own. Finished runs are in the JSON file and are
@@ -46,6 +47,33 @@ ABLATIONS = {
     "free group scales": {"recipe": {"grid": False}},
     "no block tuning": {"settings": {"tune": 0}},
     "closed form": {"settings": {"steps": 0, "tune": 0}},
+}
+
+_PLAIN = {"choose": False, "rotate": False, "smooth": False, "balance": False, "passes": 0}
+_UNTUNED = {"tune": 0}
+# Below four bits: D2Quant's two parts on plain GPTQ, and what else is in each method.
+LOW_BIT_ABLATIONS = {
+    "d2": {
+        "untuned": {"settings": _UNTUNED},
+        "GPTQ": {"recipe": {**_PLAIN, "dual": False, "correct": False}, "settings": _UNTUNED},
+        "GPTQ, column scale": {"recipe": {**_PLAIN, "correct": False}, "settings": _UNTUNED},
+        "GPTQ, mean correction": {"recipe": {**_PLAIN, "dual": False}, "settings": _UNTUNED},
+        "GPTQ, both": {"recipe": _PLAIN, "settings": _UNTUNED},
+        "GPTQ, both, tuned": {"recipe": _PLAIN},
+        "untuned, no column scale": {"recipe": {"dual": False}, "settings": _UNTUNED},
+        "untuned, no mean correction": {"recipe": {"correct": False}, "settings": _UNTUNED},
+        "untuned, no coordinate passes": {"recipe": {"passes": 0}, "settings": _UNTUNED},
+        "no mean correction": {"recipe": {"correct": False}},
+    },
+    "unisvq": {
+        "untuned": {"settings": _UNTUNED},
+        "untuned, T = I": {"recipe": {"learn_lattice": False}, "settings": _UNTUNED},
+        "untuned, rows mixed too": {"recipe": {"mix_outputs": True}, "settings": _UNTUNED},
+        "untuned, no rescaling": {"recipe": {"smooth": False}, "settings": _UNTUNED},
+        "untuned, no coordinate passes": {"recipe": {"passes": 0}, "settings": _UNTUNED},
+        "T = I": {"recipe": {"learn_lattice": False}},
+        "rows mixed too": {"recipe": {"mix_outputs": True}},
+    },
 }
 
 
@@ -113,13 +141,15 @@ def coarse_low_rank() -> None:
     block_tuning.fake_quantize_activation = learn.fake_quantize_activation
 
 
-def apply_variant(variant: str, method: str) -> dict:
+def apply_variant(variant: str, scheme: str) -> dict:
     """Change the modules of this process as the variant says; returns its settings."""
     import importlib
 
-    from tqcompile.methods.recipe import RECIPES
+    from tqcompile.methods.recipe import LOW_BIT_RECIPES, RECIPES
 
-    change = ABLATIONS[variant]
+    method, _, bits = scheme.partition("-")
+    recipes = RECIPES if bits.startswith("w4") else LOW_BIT_RECIPES
+    change = {**ABLATIONS, **LOW_BIT_ABLATIONS.get(method, {})}[variant]
     for name, value in change.get("constants", {}).items():
         module, _, constant = name.partition(".")
         module = importlib.import_module(f"tqcompile.methods.{module}")
@@ -127,7 +157,7 @@ def apply_variant(variant: str, method: str) -> dict:
             raise SystemExit(f"{variant}: {name} does not exist")
         setattr(module, constant, value)
     if "recipe" in change:
-        RECIPES[method] = dataclasses.replace(RECIPES[method], **change["recipe"])
+        recipes[method] = dataclasses.replace(recipes[method], **change["recipe"])
     if "call" in change:
         globals()[change["call"]]()
     return change.get("settings", {})
@@ -148,7 +178,7 @@ def measure(run: Run, folder: str, device: str) -> dict:
     if run.scheme != "fp32":
         texts = demo.calibration_texts(CALIBRATION_WINDOWS * demo.WINDOW * 5, run.seed)
         windows = demo.windows(tokenizer, texts, CALIBRATION_WINDOWS)
-        settings = apply_variant(run.variant, run.scheme.partition("-")[0]) | dict(run.settings)
+        settings = apply_variant(run.variant, run.scheme) | dict(run.settings)
         begin = time.perf_counter()
         tqcompile.compile(model, windows, scheme=run.scheme, seed=run.seed, backend=None, progress=False, **settings)
         result["seconds"] = time.perf_counter() - begin
@@ -229,6 +259,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="results; runs already in it are not repeated")
     parser.add_argument("--inject", action="store_true", help="function-preserving outliers in norm channels")
     parser.add_argument("--ablation", action="store_true", help="leave out one part of twin at a time")
+    parser.add_argument("--low-bit", action="store_true", help="all schemes below four bits, with their ablations")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=INT", help="a setting of Config")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -243,6 +274,12 @@ def main() -> None:
         schemes = (args.schemes or "twin-w4a16,twin-w4a4").split(",")
         cases = [(scheme, variant) for scheme in schemes for variant in ABLATIONS]
         cases = [c for c in cases if c[1] != "low rank reads 4-bit input" or c[0].endswith("a4")]
+    elif args.low_bit:
+        from tqcompile.config import LOW_BIT_SCHEMES
+
+        schemes = args.schemes.split(",") if args.schemes else LOW_BIT_SCHEMES
+        cases = [(scheme, "everything") for scheme in schemes]
+        cases += [(s, variant) for s in schemes for variant in LOW_BIT_ABLATIONS.get(s.partition("-")[0], ())]
     else:
         default = ",".join(f"{method}-w4a{bits}" for bits in (16, 8, 4) for method in METHODS)
         cases = [(scheme, "everything") for scheme in (args.schemes or default).split(",")]

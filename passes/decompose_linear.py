@@ -4,9 +4,11 @@ In: a graph with linears, from dynamo or from torch.export, and the quantized co
 Out: transform, quantize, residual product, down, up, add, bias, by inlining the references of our ops; the
 components' tensors become buffers. The bias is the one of the components, which may have absorbed something,
 never the original node. Dead weight placeholders stay: dynamo keeps books on them.
+Components below four bits become the transform and ``lattice_linear`` itself, which needs no fusing.
 Must hold after: every linear left is named with a reason in ``gm.meta["decompose_linear"]``.
 """
 
+import operator
 from collections.abc import Callable, Mapping
 
 import torch
@@ -14,8 +16,11 @@ import torch.fx
 from torch.nn.functional import linear
 
 from tqcompile.methods.components import LinearSpec, QuantizedLinear
+from tqcompile.methods.hadamard import signed_hadamard
+from tqcompile.methods.lattice import input_rotation
+from tqcompile.ops.lattice_linear import mix_outputs
 from tqcompile.passes.base import Pass
-from tqcompile.passes.buffers import attach_buffer, example_value
+from tqcompile.passes.buffers import attach_buffer, call_op, example_value, set_example
 from tqcompile.passes.find_linears import is_linear
 from tqcompile.passes.reference_graphs import (
     TWIN_TENSORS,
@@ -75,6 +80,11 @@ class DecomposeLinear(Pass):
                 continue
             self._check(node, quantized)
             with gm.graph.inserting_before(node):
+                if quantized.spec.weight_bits < 4:
+                    result = self._lattice(gm, node, quantized, buffers)
+                    node.replace_all_uses_with(result)
+                    gm.graph.erase_node(node)
+                    continue
                 tensors = {
                     _ARGUMENTS[key]: self._buffer(gm, f"tq_{node.name}_{key.replace('.', '_')}", tensor, buffers)
                     for key, tensor in quantized.tensors.items()
@@ -135,6 +145,50 @@ class DecomposeLinear(Pass):
             dense = operand if spec.act_bits == 16 else insert(transform_graph(transforms), "transform", x=x)
             low_rank = trace(_dense_low_rank, ("y", "dense", "dense_down", "dense_up"), dtype=dtype)
             y = insert(low_rank, "low_rank", y=y, dense=dense)
+        return y
+
+    def _lattice(
+        self, gm: torch.fx.GraphModule, node: torch.fx.Node, quantized: QuantizedLinear, buffers: dict[int, str]
+    ) -> torch.fx.Node:
+        """The same steps as ``LatticeLinear.forward``."""
+        spec, tensors = quantized.spec, dict(quantized.tensors)
+        device = tensors["weight_codes"].device
+        rotations = {
+            "transform.rotation": input_rotation(spec.rotation_signs, tensors.pop("transform.basis", None)),
+            "output_rotation": signed_hadamard(spec.output_signs) if spec.output_signs else None,
+        }
+        tensors |= {key: matrix.to(device) for key, matrix in rotations.items() if matrix is not None}
+        read = {
+            key: self._buffer(gm, f"tq_{node.name}_{key.replace('.', '_')}", tensor, buffers)
+            for key, tensor in tensors.items()
+        }
+        inherited = {key: node.meta[key] for key in _INHERITED if key in node.meta}
+        x = operand = linear_operands(node)[0]
+        transform = {_ARGUMENTS[key]: read[key] for key in read if key.startswith("transform.")}
+        if transform:
+            graph = transform_graph(("x", *(name for name in _TRANSFORM if name in transform)))
+            operand = inline(gm.graph, graph, {**transform, "x": x}, {**inherited, "reference_of": "transform"})
+            set_example(operand, example_value(x))
+        names = ("weight_codes", "weight_scale", "weight_zero", "weight_offset")
+        bias = read.get("bias")
+        args = (operand, *map(read.get, names), None if spec.output_signs else bias, spec.weight_bits)
+        y = call_op(gm.graph, torch.ops.tqcompile.lattice_linear.default, args, node.meta)
+        if spec.rank:
+            t = operand
+            for part in ("down", "up"):
+                packed = (read[f"{part}.weight_packed"], read[f"{part}.weight_scale"])
+                args = (t, None, *packed, None, None, None, None, None, 0.0, example_value(x).dtype)
+                t = call_op(gm.graph, torch.ops.tqcompile.twin_linear.default, args, node.meta)
+            total = gm.graph.call_function(operator.add, (y, t))
+            total.meta = dict(node.meta)
+            return total
+        if not spec.output_signs:
+            return y
+        behind = {"y": y, "rotation": read["output_rotation"], "scale": read["output_scale"]}
+        present = behind if bias is None else {**behind, "bias": bias}
+        absent = {"bias": None} if bias is None else {}
+        y = inline(gm.graph, trace(mix_outputs, tuple(present), **absent), present, inherited)
+        y.meta = dict(node.meta)
         return y
 
 

@@ -1,7 +1,7 @@
 """Linears that read one quantized activation through one down projection become one linear (q/k/v, gate/up).
 
-In: ``twin_linear`` nodes, example values, and the real tensors of their weights.
-Out: one ``twin_linear`` per group, its rows those of the members one below the other, and a split.
+In: ``twin_linear`` and ``lattice_linear`` nodes, example values, and the real tensors of their weights.
+Out: one node per group, its rows those of the members one below the other, and a split.
 No second copy of a weight is made: the rows are concatenated once, and the original tensors (a module's buffers,
 so also its ``state_dict``) become views of the result, with the same values. Tensors that already lie one behind
 the other in one storage are used as they are, so a second compilation changes nothing.
@@ -10,6 +10,7 @@ Must hold after: every pair that reads the same activation is merged or has a re
 """
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.fx
@@ -31,7 +32,28 @@ from tqcompile.passes.buffers import (
 from tqcompile.passes.producers import find_transform
 
 TWIN = torch.ops.tqcompile.twin_linear.default
-_ROWS = ("residual", "residual_scale", "up", "up_scale", "bias")  # tensors with one row per output feature
+LATTICE = torch.ops.tqcompile.lattice_linear.default
+
+
+class _Kind(NamedTuple):
+    """Arguments of an op. rows: tensors with one row per output feature, the weight first; shared: tensors that must
+    be equal, and what they are called; literals: numbers that must be equal."""
+
+    rows: tuple[str, ...]
+    shared: tuple[str, ...]
+    called: str
+    literals: tuple[str, ...]
+
+
+_KINDS = {
+    TWIN: _Kind(
+        ("residual", "residual_scale", "up", "up_scale", "bias"),
+        ("down", "down_scale"),
+        "down projections",
+        ("act_ratio", "dtype"),
+    ),
+    LATTICE: _Kind(("codes", "scale", "zero", "bias"), ("offset",), "offsets", ("bits",)),
+}
 
 
 class MergeSiblings(Pass):
@@ -65,9 +87,11 @@ class MergeSiblings(Pass):
     def _groups(self, gm: torch.fx.GraphModule) -> list[list[torch.fx.Node]]:
         """Mergeable linears, in graph order; reasons go to ``gm.meta``."""
         sites: dict[tuple, list[list[torch.fx.Node]]] = {}
-        for node in gm.graph.find_nodes(op="call_function", target=TWIN):
+        for node in gm.graph.nodes:
+            if node.op != "call_function" or node.target not in _KINDS:
+                continue
             x, transform = _source(node)
-            groups = sites.setdefault((x, op_arguments(node)["x_scale"]), [])
+            groups = sites.setdefault((node.target, x, op_arguments(node).get("x_scale")), [])
             readers = [group for group in groups if self._reads_the_same(gm, group[0], node, transform)]
             reasons = [self._difference(gm, group, node) for group in readers]
             if None in reasons:
@@ -79,7 +103,7 @@ class MergeSiblings(Pass):
         return [group for groups in sites.values() for group in groups]
 
     def _reads_the_same(self, gm, first: torch.fx.Node, node: torch.fx.Node, transform: dict) -> bool:
-        if op_arguments(node)["x_scale"] is not None:
+        if op_arguments(node).get("x_scale") is not None:
             return True
         earlier = _source(first)[1]
         alike = (same_values(gm, earlier.get(n), transform.get(n), self._tensors) for n in ("input_scale", "rotation"))
@@ -87,14 +111,14 @@ class MergeSiblings(Pass):
 
     def _difference(self, gm: torch.fx.GraphModule, group: list[torch.fx.Node], node: torch.fx.Node) -> str | None:
         """What keeps ``node`` out of the group, or None."""
-        first, own = op_arguments(group[0]), op_arguments(node)
-        if number(first["act_ratio"]) != number(own["act_ratio"]) or first["dtype"] != own["dtype"]:
+        first, own, kind = op_arguments(group[0]), op_arguments(node), _KINDS[node.target]
+        if any(_literal(first[name]) != _literal(own[name]) for name in kind.literals):
             return "they quantize their input, or round their output, in another way"
-        for name in ("down", "down_scale"):
+        for name in kind.shared:
             if not same_values(gm, first[name], own[name], self._tensors):
-                return "their down projections differ"
+                return f"their {kind.called} differ"
         members = [op_arguments(member) for member in group]
-        for name in _ROWS:
+        for name in kind.rows:
             if (first[name] is None) != (own[name] is None):
                 return f"only one of them has {name}"
             if own[name] is None:
@@ -111,11 +135,11 @@ class MergeSiblings(Pass):
         return None
 
     def _merge(self, gm: torch.fx.GraphModule, group: list[torch.fx.Node]) -> None:
-        first, members = group[0], [op_arguments(node) for node in group]
-        rows = [real_tensor(gm, member["residual"], self._tensors).shape[0] for member in members]
-        arguments = dict(members[0], act_ratio=number(members[0]["act_ratio"]))
+        first, members, kind = group[0], [op_arguments(node) for node in group], _KINDS[group[0].target]
+        rows = [real_tensor(gm, member[kind.rows[0]], self._tensors).shape[0] for member in members]
+        arguments = {**members[0], **{name: _literal(members[0][name]) for name in kind.literals}}
         with gm.graph.inserting_before(first):
-            for name in _ROWS:
+            for name in kind.rows:
                 if arguments[name] is not None:
                     parts = [real_tensor(gm, member[name], self._tensors) for member in members]
                     buffer = f"tq_merged_{first.name}_{name}"
@@ -124,8 +148,8 @@ class MergeSiblings(Pass):
                     attach_buffer(gm, buffer, concatenated(parts))
                     arguments[name] = gm.graph.get_attr(buffer)
             for member in members:
-                self._depend_on(member["residual"])
-            merged = call_op(gm.graph, TWIN, tuple(arguments.values()), first.meta)
+                self._depend_on(member[kind.rows[0]])
+            merged = call_op(gm.graph, first.target, tuple(arguments.values()), first.meta)
             split = gm.graph.call_method("split", (merged, rows, -1))
             if example_value(merged) is not None:
                 set_example(split, example_value(merged).split(rows, -1))
@@ -135,7 +159,7 @@ class MergeSiblings(Pass):
             _allow_strides(part)
             gm.graph.erase_node(node)
         for member in members[1:]:
-            if member["x_scale"] is None and member["x"] is not members[0]["x"]:
+            if member.get("x_scale") is None and member["x"] is not members[0]["x"]:
                 _erase_unread(member["x"])
 
 
@@ -168,8 +192,13 @@ def follow_each_other(parts: list[torch.Tensor]) -> bool:
 def _source(node: torch.fx.Node) -> tuple[torch.fx.Node, dict[str, torch.fx.Node]]:
     """What a linear reads: its operand, or of a floating operand what the transform in front reads, and that."""
     arguments = op_arguments(node)
-    match = find_transform(arguments["x"]) if arguments["x_scale"] is None else None
+    match = find_transform(arguments["x"]) if arguments.get("x_scale") is None else None
     return (match.tensors["x"], match.tensors) if match else (arguments["x"], {})
+
+
+def _literal(value):
+    """A literal, or the float that dynamo passes as a node."""
+    return number(value) if isinstance(value, torch.fx.Node) else value
 
 
 def _allow_strides(part: torch.fx.Node) -> None:

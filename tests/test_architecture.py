@@ -163,7 +163,14 @@ OPS = [
 
 
 def test_there_are_ops():
-    assert sorted(OPS) == ["int8_linear", "prologue", "quantize_activation", "twin_gemm", "twin_linear"]
+    assert sorted(OPS) == [
+        "int8_linear",
+        "lattice_linear",
+        "prologue",
+        "quantize_activation",
+        "twin_gemm",
+        "twin_linear",
+    ]
 
 
 @pytest.mark.parametrize("op", OPS)

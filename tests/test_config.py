@@ -5,18 +5,21 @@ import json
 
 import pytest
 
-from tqcompile.config import DEFAULT_IGNORE, METHODS, SCHEMES, Config, Scheme, ignored_by, matches
+from tqcompile.config import DEFAULT_IGNORE, LOW_BIT_METHODS, METHODS, SCHEMES, Config, Scheme, ignored_by, matches
 from tqcompile.errors import ConfigError, TQError
 
 
 def test_schemes_are_every_method_at_every_width():
-    assert len(SCHEMES) == len(set(SCHEMES)) == 18
+    assert len(SCHEMES) == len(set(SCHEMES)) == 30
     for name in SCHEMES:
         scheme = Scheme.parse(name)
         assert scheme.name == name
-        assert scheme.method in METHODS
-        assert scheme.weight_bits == 4
-        assert scheme.act_bits in (4, 8, 16)
+        if scheme.weight_bits == 4:
+            assert scheme.method in METHODS
+            assert scheme.act_bits in (4, 8, 16)
+        else:
+            assert scheme.method in LOW_BIT_METHODS
+            assert (scheme.weight_bits in (2, 3), scheme.act_bits) == (True, 16)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tqcompile.config import SCHEMES, Config, Scheme
+from tqcompile.config import FOUR_BIT_SCHEMES, Config, Scheme
 from tqcompile.errors import NumericError
 from tqcompile.methods import twin
 from tqcompile.methods.hadamard import random_signs, signed_hadamard
@@ -114,7 +114,7 @@ def exact_forward(quantized, x):
     return y, bound + eps * np.abs(y)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", FOUR_BIT_SCHEMES)
 @pytest.mark.parametrize("data", [True, False])
 def test_the_layer_computes_its_dequantized_product(scheme, data):
     p = problem(scheme, data)
@@ -131,7 +131,7 @@ def test_the_layer_computes_its_dequantized_product(scheme, data):
         assert np.linalg.norm(bound) < 0.05 * np.linalg.norm(wanted.numpy())
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", FOUR_BIT_SCHEMES)
 def test_the_description_fits_the_tensors(scheme):
     p = problem(scheme)
     transform, results = solve(p)
@@ -163,7 +163,7 @@ def test_the_description_fits_the_tensors(scheme):
 def test_every_scheme_orders_as_it_should():
     x = inputs(200, seed=9)
     error = {}
-    for scheme in SCHEMES:
+    for scheme in FOUR_BIT_SCHEMES:
         p = problem(scheme, bias=False)
         _, results = solve(p)
         y = torch.cat([TwinLinear.from_quantized(q)(x) for q in results], 1)
@@ -300,7 +300,7 @@ def test_the_global_generator_is_left_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", FOUR_BIT_SCHEMES)
 def test_data_free_is_the_identity_hessian(scheme):
     p = problem(scheme, data=False)
     expected = twin.quantize_site(

@@ -1,7 +1,7 @@
 """``compile``: the main pipeline, from a model and calibration data to a quantized model.
 
 check -> load data -> capture and analyse -> per block (quantize_unit.py): calibrate -> learn transforms -> absorb
--> quantize -> replace -> measure -> tune -> freeze -> torch.compile
+-> quantize -> replace -> measure -> correct norms -> tune -> freeze -> torch.compile
 """
 
 import contextlib
@@ -19,13 +19,14 @@ from tqcompile.config import Config, Scheme
 from tqcompile.data import Batch, load_calibration
 from tqcompile.errors import ConfigError, ModelError
 from tqcompile.methods.components import QuantizedLinear
-from tqcompile.methods.recipe import RECIPES
+from tqcompile.methods.recipe import recipe_of
 from tqcompile.modules import QUANTIZED
 from tqcompile.output_head import leave_head, quantize_head
 from tqcompile.passes.analyze import analyze
+from tqcompile.passes.correct_norm_mean import shifted_norms
 from tqcompile.passes.replace_linear import Journal
 from tqcompile.progress import Progress
-from tqcompile.quantize_unit import Job, quantize_unit, tune_unit
+from tqcompile.quantize_unit import Job, correct_unit, norm_gains, quantize_unit, tune_unit
 from tqcompile.reporting import Report
 
 
@@ -152,11 +153,11 @@ def _quantize(
         reasons = "; ".join(f"{name}: {why}" for name, why in list(plan.skipped.items())[:5])
         raise ModelError(f"no layer of {type(model).__name__} can be quantized ({reasons}).")
     report = Report(config.to_dict(), skipped=dict(plan.skipped), notes=list(plan.notes))
-    recipe = RECIPES[Scheme.parse(config.scheme).method]
-    tune = recipe.tune and config.tune > 0
+    recipe = recipe_of(Scheme.parse(config.scheme))
+    tune = recipe.tune * config.tune > 0
     units = [Unit("model", list(plan.sites), None)]
     if batches:
-        units = split_into_units(model, plan.sites, batches, targets=tune)
+        units = split_into_units(model, plan.sites, batches, targets=tune or recipe.correct)
     if not batches:
         report.notes.append("no calibration data: identity Hessian, no scales, errors not measured")
     elif len(batches) == 1:
@@ -167,13 +168,29 @@ def _quantize(
         for unit in units:
             device = config.device or device_of(model)
             statistics = collect_statistics(model, unit, batches, device, recipe.balance) if batches else {}
+            correct = recipe.correct and absorb
+            gains = norm_gains(job, unit) if correct else {}
             results = quantize_unit(job, unit, statistics)
+            if correct:
+                correct_unit(job, unit, gains)
             if tune and len(unit.calls) > 1:
                 results = tune_unit(job, unit, results)
             quantized |= results
+    if recipe.correct:
+        report.notes.append(_correction_note(model, job, report))
     if config.lm_head != "keep":
         quantize_head(model, config, batches, journal, report)
     return quantized, report
+
+
+def _correction_note(model: nn.Module, job: Job, report: Report) -> str:
+    """What D2Quant's mean correction did, and what its biases cost beside the layers' own bits."""
+    if not job.corrected:
+        why = "no block has calibration data and such a norm" if job.absorb else "the model is left as it is"
+        return f"the mean of no norm was corrected: {why}"
+    stored = sum(8 * p.numel() * p.element_size() for p in map(model.get_parameter, job.corrected))
+    bits = stored / sum(record.shape[0] * record.shape[1] for record in report.layers)
+    return f"mean corrected by {len(job.corrected)} biases of norms: {bits:.4f} bits per weight more"
 
 
 def _calibration_batches(model: nn.Module, calib_data: Any, tokenizer: Any, config: Config) -> list[Batch]:
@@ -200,6 +217,6 @@ def _mark(model: nn.Module, config: Config, report: Report) -> None:
     """Leave on the model what saving, reporting and ``save_pretrained`` need."""
     model.tqcompile_report = report
     specs = {name: m.spec.to_dict() for name, m in model.named_modules() if isinstance(m, QUANTIZED)}
-    model.tqcompile_quantization = quantization_config(config, specs)
+    model.tqcompile_quantization = quantization_config(config, specs, shifted_norms=shifted_norms(model))
     if hasattr(model, "config") and hasattr(model.config, "to_dict"):
         model.config.quantization_config = model.tqcompile_quantization

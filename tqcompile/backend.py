@@ -30,7 +30,7 @@ from tqcompile.passes.find_linears import is_linear, linear_module_name
 from tqcompile.passes.fuse_prologue import FusePrologue
 from tqcompile.passes.fuse_twin_linear import FuseTwinLinear
 from tqcompile.passes.lower import Lower, op_name
-from tqcompile.passes.merge_siblings import TWIN, MergeSiblings
+from tqcompile.passes.merge_siblings import LATTICE, TWIN, MergeSiblings
 from tqcompile.passes.share_activation_quant import ShareActivationQuant
 
 log = logging.getLogger("tqcompile")
@@ -122,7 +122,7 @@ def _compile(inner: str, gm: torch.fx.GraphModule, example_inputs: list, patches
 
 
 def _is_on_cuda(gm: torch.fx.GraphModule) -> bool:
-    values = [example_value(node) for node in gm.graph.find_nodes(op="call_function", target=TWIN)]
+    values = [example_value(node) for node in gm.graph.nodes if node.target in (TWIN, LATTICE)]
     return any(isinstance(value, torch.Tensor) and value.is_cuda for value in values)
 
 

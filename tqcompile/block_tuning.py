@@ -3,6 +3,7 @@
 Input: what the quantized blocks before it give; target: what the full-precision model has behind the block. Tuned are
 the scales of the low-rank factors, biases, the clip of 4-bit activations and the block's other vectors (gains and
 biases of norms). Codes, scales of the residual and transforms stay; LR_CODES > 0 tunes codes too, straight through.
+Below four bits all scales, zero points, offsets and bases of lattices are tuned, on which there is no integer grid.
 Everything is computed in float32, whatever the model's dtype.
 """
 
@@ -16,9 +17,11 @@ from torch import nn
 
 from tqcompile.calibration import BlockCall
 from tqcompile.methods.components import QuantizedLinear
+from tqcompile.methods.hadamard import signed_hadamard
 from tqcompile.methods.learn import BETAS, cosine, fake_quantize_activation, fast_matmul, straight_round
 from tqcompile.methods.rounding import QMAX, QMIN, storable
-from tqcompile.ops.packing import pack_int4, unpack_int4
+from tqcompile.ops.lattice_linear import ZERO_STEPS, mix_outputs
+from tqcompile.ops.packing import pack_int4, unpack_codes, unpack_int4
 from tqcompile.ops.quantize_activation import transform_activation
 
 # In steps of the integer grid. Codes that move cost most of the time and memory, and made held-out errors larger.
@@ -26,6 +29,11 @@ LR_CODES = 0.0
 LR_SCALE = 2e-3  # relative
 LR_VECTOR = 1e-3  # relative to the vector's largest entry
 LR_CLIP = 5e-3
+# Below four bits more is wrong, and steps may be larger.
+LR_LOW_SCALE = 6e-3  # relative
+LR_POINT = 1e-2  # zero points and offsets in codes, entries of a basis
+LOW_VECTOR = 3.0  # factor on LR_VECTOR
+LOW_RATES = (("low_factor", LR_LOW_SCALE), ("point", LR_POINT))
 TOKENS = 2048
 
 
@@ -41,8 +49,7 @@ class _Codes(nn.Module):
     def stored_scale(self) -> torch.Tensor:
         if self.log_factor is None:
             return self.scale
-        exact = self.scale * self.log_factor.exp()
-        return exact + (storable(exact) - exact).detach()
+        return _stored(self.scale, self.log_factor)
 
     def forward(self) -> torch.Tensor:
         codes = straight_round(self.codes).clamp(QMIN, QMAX)
@@ -107,6 +114,84 @@ class TunableLinear(nn.Module):
         return QuantizedLinear(spec, {n: t.to(device) for n, t in tensors.items()})
 
 
+class TunableLattice(nn.Module):
+    """The differentiable form of a ``LatticeLinear``; x (..., K) float32 -> (..., N). Codes stay.
+
+    sibling: another linear of the same site, with which it shares the lattice and ``down``, so that a compiler can
+    make both one linear.
+    """
+
+    def __init__(self, quantized: QuantizedLinear, device: torch.device, sibling: "TunableLattice | None" = None):
+        super().__init__()
+        spec, tensors = quantized.spec, {n: t.to(device) for n, t in quantized.tensors.items()}
+        self.quantized, self.spec = quantized, spec
+
+        def parameter(name: str, factor: float = 1.0) -> nn.Parameter | None:
+            return nn.Parameter(tensors[name].float() * factor) if name in tensors else None
+
+        self.levels = unpack_codes(tensors["weight_codes"], spec.weight_bits).float()
+        self.scale = tensors["weight_scale"].float()
+        self.low_factor = nn.Parameter(torch.zeros_like(self.scale))
+        self.zero_point = parameter("weight_zero", 1 / ZERO_STEPS)
+        self.offset_point, self.basis_point = parameter("weight_offset"), parameter("transform.basis")
+        if sibling is not None:
+            self.offset_point, self.basis_point = sibling.offset_point, sibling.basis_point
+        self.output_scale = tensors["output_scale"].float() if spec.output_signs else None
+        self.output_low_factor = nn.Parameter(torch.zeros_like(self.output_scale)) if spec.output_signs else None
+        self.bias = parameter("bias")
+        self.input_scale = tensors.get("transform.input_scale")
+        self.rotation = signed_hadamard(spec.rotation_signs).to(device) if spec.rotation_signs else None
+        self.output_rotation = signed_hadamard(spec.output_signs).to(device) if spec.output_signs else None
+        parts = ("down", "up") if spec.rank else ()
+        self.parts = nn.ModuleDict(
+            {n: _Codes(tensors[f"{n}.weight_packed"], tensors[f"{n}.weight_scale"], True) for n in parts}
+        )
+        if sibling is not None and spec.rank:
+            self.parts["down"] = sibling.parts["down"]
+
+    def zero(self) -> torch.Tensor:
+        """(N, K/g), on the steps in which it is stored."""
+        return straight_round(self.zero_point * ZERO_STEPS).clamp(0, 255) / ZERO_STEPS
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        points = self.levels.unflatten(-1, (self.scale.shape[1], -1))
+        if self.zero_point is not None:
+            points = points - self.zero().unsqueeze(-1)
+        else:
+            points = points.unflatten(-1, (-1, self.spec.lattice)) + self.offset_point
+            points = points if self.basis_point is None else points @ self.basis_point.t()
+            points = points.flatten(-2)
+        weight = (points * _stored(self.scale, self.low_factor).unsqueeze(-1)).flatten(-2)
+        if self.spec.rank:
+            weight = weight + self.parts["up"]() @ self.parts["down"]()
+        y = nn.functional.linear(transform_activation(x, self.input_scale, self.rotation), weight)
+        if self.output_rotation is not None:
+            return mix_outputs(y, self.output_rotation, _stored(self.output_scale, self.output_low_factor), self.bias)
+        return y if self.bias is None else y + self.bias
+
+    def result(self) -> QuantizedLinear:
+        """What is stored now."""
+        tensors = dict(self.quantized.tensors)
+        found = {"weight_scale": _stored(self.scale, self.low_factor), "bias": self.bias}
+        if self.zero_point is not None:
+            found["weight_zero"] = self.zero() * ZERO_STEPS
+        found |= {"weight_offset": self.offset_point, "transform.basis": self.basis_point}
+        if self.output_scale is not None:
+            found["output_scale"] = _stored(self.output_scale, self.output_low_factor)
+        for name, part in self.parts.items():
+            tensors |= part.tensors(name)
+        for name, value in found.items():
+            if value is not None:
+                tensors[name] = value.detach().to(tensors[name], copy=True)  # files hold no tensor twice
+        return QuantizedLinear(self.spec, tensors)
+
+
+def _stored(scale: torch.Tensor, log_factor: torch.Tensor) -> torch.Tensor:
+    """A tuned scale as it is stored, in bfloat16; differentiable in ``log_factor``."""
+    exact = scale * log_factor.exp()
+    return exact + (storable(exact) - exact).detach()
+
+
 @dataclasses.dataclass
 class Tuned:
     """linears: name inside the block -> what to store; vectors: parameter name -> values; losses on held-out calls."""
@@ -136,20 +221,22 @@ def tune_block(
         steps: each reads about TOKENS tokens of one call. generator: draws calls and rows. on_step: told the loss.
     """
     device = calls[0].hidden.device
-    tunable: dict[str, TunableLinear] = {}
+    tunable: dict[str, TunableLinear | TunableLattice] = {}
     for site in sites:
         first = None
         for name, quantized in site.items():
-            tunable[name] = TunableLinear(quantized, device, first)
+            kind = TunableLattice if quantized.spec.weight_bits < 4 else TunableLinear
+            tunable[name] = kind(quantized, device, first)
             first = first or tunable[name]
     student = _Student(block, tunable, vectors)
     groups = [
         {"params": _named(tunable, leaf), "lr": lr}
-        for leaf, lr in (("codes", LR_CODES), ("log_factor", LR_SCALE), ("clip", LR_CLIP))
+        for leaf, lr in (("codes", LR_CODES), ("log_factor", LR_SCALE), ("clip", LR_CLIP), *LOW_RATES)
     ]
     biases = [m.bias for m in tunable.values() if m.bias is not None]
+    rate = LR_VECTOR * (LOW_VECTOR if any(isinstance(m, TunableLattice) for m in tunable.values()) else 1.0)
     groups += [
-        {"params": [p], "lr": LR_VECTOR * max(float(p.detach().abs().max()), 1e-6)}
+        {"params": [p], "lr": rate * max(float(p.detach().abs().max()), 1e-6)}
         for p in [*student.vectors.values(), *biases]
     ]
     groups = [group | {"start": group["lr"]} for group in groups if group["params"]]
@@ -171,7 +258,7 @@ def tune_block(
     return Tuned({n: m.result() for n, m in tunable.items()}, stored, before, student.held_out_loss(held_out))
 
 
-def _named(tunable: dict[str, TunableLinear], leaf: str) -> list[nn.Parameter]:
+def _named(tunable: dict[str, nn.Module], leaf: str) -> list[nn.Parameter]:
     """The parameters of that name, each once."""
     named = [item for module in tunable.values() for item in module.named_parameters()]
     found = {id(p): p for name, p in named if name.endswith(leaf) and p.requires_grad}
@@ -181,7 +268,7 @@ def _named(tunable: dict[str, TunableLinear], leaf: str) -> list[nn.Parameter]:
 class _Student:
     """The block in float32 with tunable linears and vectors, called functionally."""
 
-    def __init__(self, block: nn.Module, tunable: dict[str, TunableLinear], vectors: list[str]):
+    def __init__(self, block: nn.Module, tunable: dict[str, nn.Module], vectors: list[str]):
         self.module = _with_linears(block, tunable)
         self.dtypes = {name: block.get_parameter(name).dtype for name in vectors}
         self.vectors = {n: block.get_parameter(n).detach().float().clone().requires_grad_(True) for n in vectors}
@@ -212,7 +299,7 @@ class _Student:
         return float(torch.stack(losses).mean())
 
 
-def _with_linears(block: nn.Module, tunable: dict[str, TunableLinear]) -> nn.Module:
+def _with_linears(block: nn.Module, tunable: dict[str, nn.Module]) -> nn.Module:
     """The block with other modules in the place of its linears; all other modules are copied without their tensors."""
     memo = {id(t): t for t in [*block.parameters(), *block.buffers()]}
     for name in tunable:

@@ -22,12 +22,16 @@ HELD_OUT_FRACTION = 8
 
 @dataclasses.dataclass
 class BlockCall:
-    """One batch of a block: block(hidden, *args, **kwargs) should give target; hidden and target (B, S, K)."""
+    """One batch of a block: block(hidden, *args, **kwargs) should give target; hidden and target (B, S, K).
+
+    mask: (B, S), zero where a token is padding, or None.
+    """
 
     hidden: torch.Tensor
     args: tuple
     kwargs: dict[str, Any]
     target: torch.Tensor
+    mask: torch.Tensor | None = None
 
 
 @dataclasses.dataclass
@@ -36,13 +40,15 @@ class Unit:
 
     run: pushes every calibration batch through the code that holds them. calls: for a block, what it is called with
     (outputs of the quantized blocks before it) and what the full-precision model has behind it, one a batch; empty
-    where this was not asked for or the unit is no block.
+    where this was not asked for or the unit is no block. means: of a block with calls, norm -> mean (K,) of its output
+    in the full-precision model, for the norms that absorb for a site other than the block's first.
     """
 
     name: str
     sites: list[Site]
     run: Callable[[Callable[[int], None]], None]
     calls: list[BlockCall] = dataclasses.field(default_factory=list)
+    means: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
 
 class _Stop(Exception):
@@ -121,13 +127,45 @@ def split_into_units(
             name = f"{prefix}.{index}"
             inside = [site for site in sites if site.linears[0].startswith(name + ".")]
             rest = [site for site in rest if site not in inside]
-            calls = driver.calls(index) if targets else []
+            calls, means = [], {}
+            if targets:
+                norms = [site.absorber.module for site in inside[1:] if site.absorber and site.absorber.kind == "norm"]
+                inner = [norm for norm in norms if norm.startswith(f"{name}.")]
+                with mean_outputs(model, inner, driver.masks) as means:
+                    calls = driver.calls(index)
             if inside:
-                yield Unit(name, inside, lambda start, index=index: driver.run(index, start), calls)
+                yield Unit(name, inside, lambda start, index=index: driver.run(index, start), calls, means)
             if index < count - 1:
                 driver.advance(index)
     if rest:
         yield Unit("model", rest, lambda start: _run_whole(model, batches, start))
+
+
+@contextlib.contextmanager
+def mean_outputs(
+    model: nn.Module, names: list[str], masks: list[torch.Tensor | None]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """While this context is open what the modules ``names`` give is summed, call by call; the dictionary it yields
+    holds their means (K,) float32 by name when it is closed. masks: of every call in turn, see ``BlockCall``."""
+    means: dict[str, torch.Tensor] = {}
+    counts, calls = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+
+    def hook_for(name: str):
+        def hook(_module, _args, output):
+            mask = masks[calls[name]]
+            rows = output[mask.bool()] if mask is not None else output.flatten(0, -2)
+            calls[name] += 1
+            counts[name] += len(rows)
+            means[name] = means.get(name, 0) + rows.detach().float().sum(0)
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.callback(model.get_submodule(name).register_forward_hook(hook_for(name)).remove)
+        yield means
+    for name in means:
+        means[name] /= counts[name]
 
 
 def _largest_stack(model: nn.Module, sites: tuple[Site, ...]) -> tuple[str, int]:
@@ -166,6 +204,7 @@ class _BlockDriver:
     def __init__(self, blocks, hidden, extra_args, kwargs):
         self._blocks, self._hidden, self._extra, self._kwargs = blocks, hidden, extra_args, kwargs
         self._exact = list(hidden)
+        self.masks: list[torch.Tensor | None] = [None] * len(self._hidden)
 
     @staticmethod
     def record(model: nn.Module, prefix: str, count: int, batches: list[Batch]) -> "_BlockDriver | None":
@@ -207,7 +246,12 @@ class _BlockDriver:
                 hidden.append(calls[0][1][0])
                 extra.append([call[1][1:] for call in calls])
                 kwargs.append([call[2] for call in calls])
-        return _BlockDriver(blocks, hidden, extra, kwargs)
+        driver = _BlockDriver(blocks, hidden, extra, kwargs)
+        for index, (batch, h) in enumerate(zip(batches, hidden, strict=True)):
+            mask = batch.get("attention_mask")
+            if isinstance(mask, torch.Tensor) and mask.shape == h.shape[:-1]:
+                driver.masks[index] = mask.to(h.device)
+        return driver
 
     def run(self, index: int, start: Callable[[int], None]) -> None:
         """Push every batch through block ``index``; results are discarded."""
@@ -218,8 +262,8 @@ class _BlockDriver:
     def calls(self, index: int) -> list[BlockCall]:
         """Of block ``index``, which must still be the full-precision one; to be asked for every block in order."""
         self._exact = [self._call(index, batch, hidden) for batch, hidden in enumerate(self._exact)]
-        parts = zip(self._hidden, self._extra, self._kwargs, self._exact, strict=True)
-        return [BlockCall(hidden, extra[index], kwargs[index], exact) for hidden, extra, kwargs, exact in parts]
+        parts = zip(self._hidden, self._extra, self._kwargs, self._exact, self.masks, strict=True)
+        return [BlockCall(hidden, extra[index], kwargs[index], exact, m) for hidden, extra, kwargs, exact, m in parts]
 
     def advance(self, index: int) -> None:
         """Replace the hidden states by the outputs of block ``index``, as it is now."""

@@ -18,8 +18,9 @@ from torch import nn
 from tqcompile import __version__
 from tqcompile.config import Config
 from tqcompile.errors import CheckpointError, ModelError
-from tqcompile.methods.components import LinearSpec
-from tqcompile.modules import Int8Linear, TwinLinear, empty_layer
+from tqcompile.methods.components import LinearSpec, are_signs, lattice_fits
+from tqcompile.modules import Int8Linear, LatticeLinear, TwinLinear, empty_layer
+from tqcompile.passes.correct_norm_mean import insert_shift
 from tqcompile.passes.replace_linear import Journal
 from tqcompile.passes.rotate_residual_stream import insert_after_norm
 from tqcompile.reporting import Report
@@ -38,13 +39,17 @@ _SAFETENSORS_NAME = {
 }
 
 
-def quantization_config(config: Config, specs: dict[str, dict], rotated_norms: Sequence[str] = ()) -> dict[str, Any]:
+def quantization_config(
+    config: Config, specs: dict[str, dict], rotated_norms: Sequence[str] = (), shifted_norms: Sequence[str] = ()
+) -> dict[str, Any]:
     """The ``quantization_config`` entry of ``config.json``.
 
     specs: module name -> LinearSpec as a dict. rotated_norms: of a model with a rotated residual stream, names of the
-    norms that a matrix follows; the entry is absent when there are none.
+    norms that a matrix follows; shifted_norms: of a model with corrected means, names of the norms that a bias
+    follows. These entries are absent when there are none.
     """
-    extra = {"rotated_norms": list(rotated_norms)} if rotated_norms else {}
+    norms = {"rotated_norms": list(rotated_norms), "shifted_norms": list(shifted_norms)}
+    extra = {key: names for key, names in norms.items() if names}
     return {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
@@ -141,7 +146,7 @@ def _fill_aliases(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
 def replace_linears(model: nn.Module, quantization: dict[str, Any], files: list[Path]) -> None:
     """Check a checkpoint's files against its description, then give the model the structure that it describes.
 
-    Linears become empty TwinLinears; a matrix follows every rotated norm.
+    Linears become empty quantized layers; a matrix follows every rotated norm, a bias every shifted one.
 
     Raises:
         CheckpointError: naming the module or tensor at fault; the model is then unchanged.
@@ -153,7 +158,7 @@ def replace_linears(model: nn.Module, quantization: dict[str, Any], files: list[
         raise CheckpointError("the quantization_config in config.json describes no modules; it was altered.")
     headers = verify_files(files)
     manifest = _read_manifest(files[0].parent)
-    layers: dict[str, TwinLinear | Int8Linear] = {}
+    layers: dict[str, TwinLinear | LatticeLinear | Int8Linear] = {}
     modules = dict(model.named_modules())
     for name, data in quantization["modules"].items():
         linear = modules.get(name)
@@ -165,9 +170,12 @@ def replace_linears(model: nn.Module, quantization: dict[str, Any], files: list[
         if manifest is not None and manifest["modules"].get(name) != data:
             raise CheckpointError(f"{name}: its description in config.json differs from {MANIFEST}; it was altered.")
         layers[name] = layer
-    rotated = _checked_norms(quantization.get("rotated_norms", []), modules, headers)
+    rotated = _checked_norms("rotated_norms", quantization, modules, headers, "1.weight", 2)
+    shifted = _checked_norms("shifted_norms", quantization, modules, headers, "shift", 1)
     for name in rotated:
         insert_after_norm(model, name, Journal(model))
+    for name in shifted:
+        insert_shift(model, name, Journal(model))
     for name, layer in layers.items():
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)
@@ -179,6 +187,8 @@ def finish_loading(model: nn.Module, quantization: dict[str, Any], directory: Pa
     for module in model.modules():
         if isinstance(module, TwinLinear):
             module.transform.rebuild(module.residual.weight_packed.device)
+        elif isinstance(module, LatticeLinear):
+            module.rebuild()
     model.tqcompile_quantization = quantization
     model.tqcompile_report = Report(quantization["config"], notes=[f"loaded from a checkpoint without {MANIFEST}"])
     manifest = _read_manifest(directory)
@@ -320,10 +330,11 @@ def _checked_spec(name: str, data: dict, linear: nn.Linear) -> LinearSpec:
         or spec.rank > 128
         or spec.rank % 2
         or (spec.rotation_block and spec.in_features % spec.rotation_block)
-        or not _are_signs(spec.rotation_signs, spec.rotation_block)
+        or not are_signs(spec.rotation_signs, spec.rotation_block)
         or spec.act_bits not in (4, 8, 16)
         or spec.low_rank_bits not in (4, 16)
-        or spec.weight_bits not in (4, 8)
+        or spec.weight_bits not in (2, 3, 4, 8)
+        or not lattice_fits(spec)
         or (spec.weight_bits == 8 and (spec.rank, spec.act_bits, spec.rotation_block, spec.scaled) != (0, 16, 0, False))
         or (spec.bias_dtype is not None and spec.bias_dtype not in _BIAS_DTYPES)
         or not isinstance(spec.act_ratio, (int, float))
@@ -333,25 +344,22 @@ def _checked_spec(name: str, data: dict, linear: nn.Linear) -> LinearSpec:
     return spec
 
 
-def _checked_norms(names: Any, modules: dict[str, nn.Module], headers: dict[str, dict]) -> list[str]:
+def _checked_norms(
+    key: str, quantization: dict, modules: dict[str, nn.Module], headers: dict[str, dict], leaf: str, dims: int
+) -> list[str]:
+    """The names under ``key``: of norms of K channels, each with a tensor ``leaf`` of ``dims`` dimensions of K."""
+    names = quantization.get(key, [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"rotated_norms in config.json must be a list of module names, got {names!r}.")
+        raise CheckpointError(f"{key} in config.json must be a list of module names, got {names!r}.")
     for name in names:
         weight = getattr(modules.get(name), "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.ndim != 1:
             raise CheckpointError(f"{name}: no norm of that name; the checkpoint is of another model.")
-        size = weight.shape[0]
-        found = headers.get(f"{name}.1.weight", {}).get("shape")
-        if found != [size, size]:
-            raise CheckpointError(f"tensor {name}.1.weight must be {[size, size]}, the checkpoint holds {found}.")
+        shape = [weight.shape[0]] * dims
+        found = headers.get(f"{name}.{leaf}", {}).get("shape")
+        if found != shape:
+            raise CheckpointError(f"tensor {name}.{leaf} must be {shape}, the checkpoint holds {found}.")
     return names
-
-
-def _are_signs(signs: Any, block: int) -> bool:
-    if signs == "":
-        return True
-    hexadecimal = isinstance(signs, str) and set(signs) <= set("0123456789abcdef")
-    return hexadecimal and 4 * len(signs) == block and block & (block - 1) == 0
 
 
 def _check_entry(name: str, tensor: torch.Tensor, headers: dict[str, dict]) -> None:

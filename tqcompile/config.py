@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from tqcompile.errors import ConfigError
 
 METHODS = ("twin", "rtn", "gptq", "svdquant", "quarot", "spinquant")
+LOW_BIT_METHODS = ("d2", "unisvq", "twin", "rtn", "gptq", "quarot")
 DEFAULT_IGNORE = ("lm_head",)
 HEADS = ("keep", "w8a16", "w4a16")
 _SCHEME = re.compile(r"(?P<method>[a-z0-9]+)-w(?P<w>\d+)a(?P<a>\d+)")
@@ -14,7 +15,8 @@ _SCHEME = re.compile(r"(?P<method>[a-z0-9]+)-w(?P<w>\d+)a(?P<a>\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """A parsed scheme name. method: one of METHODS; weight_bits: 4; act_bits: 4, 8 or 16 (not quantized)."""
+    """A parsed scheme name. method: one of METHODS, or below four bits of LOW_BIT_METHODS; weight_bits: 2, 3 or 4;
+    act_bits: 4, 8 or 16 (not quantized)."""
 
     method: str
     weight_bits: int
@@ -33,7 +35,9 @@ class Scheme:
         raise ConfigError(f"unknown scheme {name!r}; known schemes: {', '.join(SCHEMES)}")
 
 
-SCHEMES = tuple(f"{method}-w4a{bits}" for method in METHODS for bits in (4, 8, 16))
+FOUR_BIT_SCHEMES = tuple(f"{method}-w4a{bits}" for method in METHODS for bits in (4, 8, 16))
+LOW_BIT_SCHEMES = tuple(f"{method}-w{bits}a16" for method in LOW_BIT_METHODS for bits in (3, 2))
+SCHEMES = FOUR_BIT_SCHEMES + LOW_BIT_SCHEMES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Config:
         (``"lm_head"``, ``"layers.0"``, ``"model.layers.0.mlp.down_proj"``); ``"re:..."`` is a regular
         expression that must match the whole name. A pattern that matches nothing is an error.
     steps: learning steps per site (twin and spinquant). 0 takes the closed-form transforms.
-    tune: steps of block tuning after a block is quantized (twin). 0 leaves it out.
+    tune: steps of block tuning after a block is quantized (twin; four times as many in d2 and unisvq). 0 leaves it out.
     samples: at most this many calibration sequences are used. seq_len: length of the windows that texts are cut to.
     seed: seeds every random choice (signs of the Hadamard rotation, sketches of large SVDs).
     lm_head: what becomes of the output head: "keep" leaves it as it is, "w8a16" and "w4a16" round its weights to 8 or 4

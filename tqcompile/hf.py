@@ -24,6 +24,7 @@ class TwinQuantConfig(QuantizationConfigMixin):
         format_version: int,
         tqcompile_version: str = "",
         rotated_norms: list[str] | None = None,
+        shifted_norms: list[str] | None = None,
         **_ignored: Any,
     ):
         self.quant_method = QUANT_METHOD
@@ -33,6 +34,8 @@ class TwinQuantConfig(QuantizationConfigMixin):
         self.modules = modules
         if rotated_norms:
             self.rotated_norms = rotated_norms
+        if shifted_norms:
+            self.shifted_norms = shifted_norms
 
 
 @register_quantizer(QUANT_METHOD)

@@ -13,16 +13,19 @@ import torch
 from torch import nn
 
 from tqcompile.block_tuning import tune_block
-from tqcompile.calibration import Unit, held_out_batches
+from tqcompile.calibration import Unit, held_out_batches, mean_outputs
 from tqcompile.config import Config, Scheme
+from tqcompile.methods import low_bit, select
 from tqcompile.methods.components import QuantizedLinear
 from tqcompile.methods.hadamard import rotate_blocks, rotation_block
-from tqcompile.methods.select import Solution, solve_site
+from tqcompile.methods.recipe import recipe_of
+from tqcompile.methods.select import Solution
 from tqcompile.methods.statistics import SiteStatistics
 from tqcompile.methods.twin import SiteProblem, absorbed
-from tqcompile.modules import TwinLinear
+from tqcompile.modules import filled_layer
 from tqcompile.passes.absorb_head_rotation import rotate_value
 from tqcompile.passes.absorb_scale import absorb_into_norm, producer_channel, producer_scale
+from tqcompile.passes.correct_norm_mean import correct_norm_mean
 from tqcompile.passes.online_cost import online_cost
 from tqcompile.passes.plan import Absorber, Site
 from tqcompile.passes.replace_linear import Journal
@@ -35,7 +38,8 @@ MIN_HEAD = 32
 
 @dataclasses.dataclass
 class Job:
-    """What every unit of one run shares. absorb: whether transforms may move into neighbours."""
+    """What every unit of one run shares. absorb: whether transforms may move into neighbours. corrected: names of the
+    parameters that took a mean correction."""
 
     model: nn.Module
     config: Config
@@ -43,6 +47,7 @@ class Job:
     report: Report
     bar: Progress
     absorb: bool
+    corrected: list[str] = dataclasses.field(default_factory=list)
 
 
 def quantize_unit(job: Job, unit: Unit, statistics: dict[Site, SiteStatistics]) -> dict[str, QuantizedLinear]:
@@ -110,7 +115,8 @@ def _solve_site(
     tie = producer_channel(absorber, weights[0].shape[1]).to(device) if absorber else None
     head_dim = absorber.head_dim if absorber and _rotates_heads(absorber) else 0
     scheme = Scheme.parse(job.config.scheme)
-    problem = SiteProblem(weights, biases, statistics, scheme, job.config, tie, site.name, head_dim)
+    dual = absorber is not None and absorber.kind == "linear"
+    problem = SiteProblem(weights, biases, statistics, scheme, job.config, tie, site.name, head_dim, dual)
     for index, name in enumerate(site.linears):
         if name in row_changes:
             row_changes[name].apply(problem, index)
@@ -119,7 +125,8 @@ def _solve_site(
     def applied(scale: torch.Tensor) -> torch.Tensor:
         return scale if norm is None else absorb_into_norm(copy.deepcopy(norm), scale).to(scale)
 
-    solution = solve_site(problem, applied, lambda loss: job.bar.show(site.name, loss))
+    solve = low_bit.solve_site if scheme.weight_bits < 4 else select.solve_site
+    solution = solve(problem, applied, lambda loss: job.bar.show(site.name, loss))
     scale, rotation = solution.transform.scale, solution.transform.rotation if head_dim else None
     if scale is not None and norm is not None:
         job.journal.remember(norm)
@@ -143,7 +150,7 @@ def _replace_site(job: Job, work: _Solved) -> dict[str, QuantizedLinear]:
     scale, rotation = work.scale_absorber is not None, work.rotation_absorber is not None
     quantized = [absorbed(result, scale, rotation) for result in solution.quantized]
     for name, weight, result in zip(site.linears, problem.weights, quantized, strict=True):
-        layer, error = TwinLinear.from_quantized(result), None
+        layer, error = filled_layer(result), None
         if problem.statistics is not None:
             held_out = problem.statistics.held_out
             error = output_error(layer, weight, held_out, work.read(held_out))
@@ -165,6 +172,31 @@ def _replace_site(job: Job, work: _Solved) -> dict[str, QuantizedLinear]:
     return dict(zip(site.linears, quantized, strict=True))
 
 
+def norm_gains(job: Job, unit: Unit) -> dict[str, torch.Tensor]:
+    """The gains (K,) of the norms that :func:`correct_unit` may correct, before scales are absorbed into them."""
+    return {name: job.model.get_parameter(f"{name}.weight").detach().clone() for name in unit.means}
+
+
+def correct_unit(job: Job, unit: Unit, gains: dict[str, torch.Tensor]) -> None:
+    """Shift the mean of a quantized block's inner norms back to that of the full-precision model.
+
+    gains: from :func:`norm_gains`; a scale that a norm absorbed since divides the mean too.
+    """
+    if not unit.means:
+        if unit.calls:
+            why = next((s.reason for s in unit.sites[1:] if s.reason), "no norm is read by its later linears alone")
+            job.report.notes.append(f"{unit.name}: the mean of no norm is corrected ({why})")
+        return
+    block = job.model.get_submodule(unit.name)
+    with mean_outputs(job.model, list(unit.means), [call.mask for call in unit.calls]) as means:
+        for call in unit.calls:
+            block(call.hidden, *call.args, **call.kwargs)
+    for name, mean in means.items():
+        gain = job.model.get_parameter(f"{name}.weight")
+        kept = torch.where(gains[name] == 0, torch.ones_like(gain), gain / gains[name]).float()
+        job.corrected.append(correct_norm_mean(job.model, name, unit.means[name] * kept - mean, job.journal))
+
+
 def tune_unit(job: Job, unit: Unit, results: dict[str, QuantizedLinear]) -> dict[str, QuantizedLinear]:
     """Tune a quantized block; keep it where its held-out output is closer to that of the full-precision block."""
     began = time.perf_counter()
@@ -178,7 +210,7 @@ def tune_unit(job: Job, unit: Unit, results: dict[str, QuantizedLinear]) -> dict
         vectors,
         unit.calls[:-held],
         unit.calls[-held:],
-        job.config.tune,
+        job.config.tune * recipe_of(Scheme.parse(job.config.scheme)).tune,
         torch.Generator().manual_seed(job.config.seed),
         lambda loss: job.bar.show(f"tuning {unit.name}", loss),
     )
@@ -191,8 +223,8 @@ def tune_unit(job: Job, unit: Unit, results: dict[str, QuantizedLinear]) -> dict
         job.journal.remember(owner)
         block.get_parameter(name).copy_(values)
     for name, result in tuned.linears.items():
-        device = block.get_submodule(name).residual.weight_packed.device
-        job.journal.replace(prefix + name, TwinLinear.from_quantized(result).to(device))
+        device = next(block.get_submodule(name).buffers()).device
+        job.journal.replace(prefix + name, filled_layer(result).to(device))
     return {prefix + name: result for name, result in tuned.linears.items()}
 
 
@@ -224,7 +256,10 @@ def _describe(work: _Solved) -> str:
         parts.append(f"{kind}{block} {where}")
     if transform.scale is not None:
         absorber = work.scale_absorber
-        parts.append(f"scale in {absorber.module}" if absorber else f"scale on-line ({site.reason or 'no absorber'})")
+        where = f"in {absorber.module}" if absorber else f"on-line ({site.reason or 'no absorber'})"
+        parts.append(f"{transform.scale_name} {where}")
+    if work.problem.recipe.dual and site.absorber is None:
+        parts.append(f"no column scale ({site.reason})")
     shapes = [tuple(weight.shape) for weight in work.problem.weights]
     scaled = transform.scale is not None and work.scale_absorber is None
     cost = online_cost(shapes, 0 if work.rotation_absorber else block, scaled)

@@ -13,8 +13,13 @@ class Recipe:
     """smooth: diagonal scale. rotate: signed block Hadamard. low_rank_bits: 0 (none), 4 or 16. gptq: else round to
     nearest. clip: search clipping scales (weights, 4-bit activations) instead of using the full range. grid: the
     residual's scales of a row are integer multiples 1 to 16 of one number. learn: the transform may be learned.
-    balance: tokens count about equally, whatever their norm (``statistics.balance_tokens``). tune: blocks may be tuned
-    after they are quantized."""
+    balance: tokens count about equally, whatever their norm (``statistics.balance_tokens``). tune: blocks are tuned
+    for this many times ``Config.tune`` steps after they are quantized.
+
+    Below four bits only. choose: rotation and scale are tried with and without, the better on held-out rows is kept.
+    dual: D2Quant's column scale where a linear absorbs it. correct: D2Quant's mean correction of norms. lattice: codes
+    on one lattice for the matrix, not on a grid a group. learn_lattice: its T and b are fitted before rounding.
+    mix_outputs: rows are rotated too. passes: coordinate passes after GPTQ."""
 
     smooth: bool
     rotate: bool
@@ -24,7 +29,14 @@ class Recipe:
     grid: bool = False
     learn: bool = False
     balance: bool = False
-    tune: bool = False
+    tune: int = 0
+    choose: bool = False
+    dual: bool = False
+    correct: bool = False
+    lattice: bool = False
+    learn_lattice: bool = False
+    mix_outputs: bool = False
+    passes: int = 0
 
 
 RECIPES = {
@@ -37,9 +49,49 @@ RECIPES = {
     "quarot": Recipe(smooth=False, rotate=True, low_rank_bits=0, gptq=True, clip=True),
     "spinquant": Recipe(smooth=True, rotate=True, low_rank_bits=0, gptq=True, clip=True, learn=True),
     "twin": Recipe(
-        smooth=True, rotate=True, low_rank_bits=4, gptq=True, clip=True, grid=True, learn=True, balance=True, tune=True
+        smooth=True, rotate=True, low_rank_bits=4, gptq=True, clip=True, grid=True, learn=True, balance=True, tune=1
     ),
 }
+
+LOW_BIT_RECIPES = {
+    "rtn": RECIPES["rtn"],
+    "gptq": RECIPES["gptq"],
+    "quarot": RECIPES["quarot"],
+    # D2Quant (arXiv 2602.02546); the choice of rotations and scales and the coordinate passes are ours.
+    "d2": Recipe(
+        smooth=True,
+        rotate=True,
+        low_rank_bits=0,
+        gptq=True,
+        clip=True,
+        balance=True,
+        tune=4,
+        choose=True,
+        dual=True,
+        correct=True,
+        passes=4,
+    ),
+    # UniSVQ (arXiv 2606.10520); it also mixes outputs, which made our errors larger (docs/unisvq.md).
+    "unisvq": Recipe(
+        smooth=True,
+        rotate=True,
+        low_rank_bits=0,
+        gptq=True,
+        clip=True,
+        balance=True,
+        tune=4,
+        lattice=True,
+        learn_lattice=True,
+        passes=4,
+    ),
+}
+# A twin low rank over D2Quant's residual.
+LOW_BIT_RECIPES["twin"] = dataclasses.replace(LOW_BIT_RECIPES["d2"], low_rank_bits=4)
+
+
+def recipe_of(scheme: Scheme) -> Recipe:
+    """The recipe of a scheme; below four bits a method may differ from its 4-bit form."""
+    return (RECIPES if scheme.weight_bits == 4 else LOW_BIT_RECIPES)[scheme.method]
 
 
 def quantize_data_free(weight: torch.Tensor, bias: torch.Tensor | None, config: Config) -> QuantizedLinear:
@@ -50,7 +102,9 @@ def quantize_data_free(weight: torch.Tensor, bias: torch.Tensor | None, config: 
     Returns:
         the components of ``config.scheme`` at ``config.rank`` and ``config.group_size``, on the weight's device.
     """
-    from tqcompile.methods import twin
+    from tqcompile.methods import low_bit, twin
 
     site = twin.SiteProblem([weight], [bias], None, Scheme.parse(config.scheme), config)
+    if site.scheme.weight_bits < 4:
+        return low_bit.solve_site(site).quantized[0]
     return twin.quantize_site(site, twin.closed_form_transform(site, scale=None))[0]

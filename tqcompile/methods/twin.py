@@ -19,7 +19,7 @@ from tqcompile.methods.components import LinearSpec, QuantizedLinear
 from tqcompile.methods.gptq import gptq, inverse_factor
 from tqcompile.methods.hadamard import random_signs, rotate_blocks, rotation_block, signed_hadamard
 from tqcompile.methods.lowrank import LowRank, quantize_factors, svd_factors
-from tqcompile.methods.recipe import RECIPES
+from tqcompile.methods.recipe import Recipe, recipe_of
 from tqcompile.methods.rounding import (
     QMAX,
     QMIN,
@@ -44,7 +44,8 @@ class SiteProblem:
 
     tie: (K,) long, channels with equal numbers must share one scale (an absorber demands it), or None.
     head_dim: the rotation mixes no channels of different heads of this many channels (an absorber demands it, and
-        nothing of the rotation stays on-line), or 0. name: named in errors.
+        nothing of the rotation stays on-line), or 0. name: named in errors. dual: a linear absorbs the site's scale
+        (D2Quant's column scale is for these).
     """
 
     weights: list[torch.Tensor]
@@ -55,10 +56,11 @@ class SiteProblem:
     tie: torch.Tensor | None = None
     name: str = "linear"
     head_dim: int = 0
+    dual: bool = False
 
     @property
-    def recipe(self):
-        return RECIPES[self.scheme.method]
+    def recipe(self) -> Recipe:
+        return recipe_of(self.scheme)
 
     def stacked(self) -> torch.Tensor:
         """(sum N_i, K) float32."""
@@ -79,7 +81,7 @@ class SiteTransform:
     """scale: (K,) float32, s above, or None. rotation: (b, b) float32 holding bfloat16 values, Q above, or None.
 
     act_ratio: 0, or 8-bit to 4-bit activation factor. factors: rounded low-rank component of W~, or None.
-    rotation_signs: set when the rotation is a signed Hadamard (see LinearSpec).
+    rotation_signs: set when the rotation is a signed Hadamard (see LinearSpec). scale_name: for the report.
     """
 
     scale: torch.Tensor | None
@@ -87,6 +89,7 @@ class SiteTransform:
     act_ratio: float
     factors: LowRank | None
     rotation_signs: str = ""
+    scale_name: str = "scale"
 
     def weights(self, w: torch.Tensor) -> torch.Tensor:
         """W -> W~, (N, K)."""
@@ -260,7 +263,7 @@ def quantize_site(problem: SiteProblem, transform: SiteTransform) -> list[Quanti
             "residual.weight_packed": packed[rows].clone(),
             "residual.weight_scale": scales[rows].to(torch.bfloat16),
         }
-        tensors |= _factor_tensors(transform.factors, rows)
+        tensors |= factor_tensors(transform.factors, rows)
         if transform.scale is not None:
             tensors["transform.input_scale"] = 1.0 / transform.scale
         if transform.rotation is not None:
@@ -284,7 +287,8 @@ def quantize_site(problem: SiteProblem, transform: SiteTransform) -> list[Quanti
     return out
 
 
-def _factor_tensors(factors: LowRank | None, rows: slice) -> dict[str, torch.Tensor]:
+def factor_tensors(factors: LowRank | None, rows: slice) -> dict[str, torch.Tensor]:
+    """The tensors of a low-rank component as a layer stores them, of the given rows of the stacked weights."""
     if factors is None:
         return {}
     if factors.up_codes is None:

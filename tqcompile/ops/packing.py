@@ -1,4 +1,4 @@
-"""The canonical 4-bit layout, used on disk, in ``state_dict`` and by every op.
+"""The canonical packed layouts, used on disk, in ``state_dict`` and by every op: 4 bits here, fewer in pack_codes.
 
 A row-major matrix of signed integers in [-8, 7], shape (N, K) with K even, is stored as uint8 (N, K/2):
 byte j of a row holds element 2j in its low nibble and element 2j+1 in its high nibble, two's complement.
@@ -78,3 +78,39 @@ def integer_scales(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | N
     if (m > MAX_MULTIPLE).any() or (c < torch.finfo(torch.float32).tiny).any():
         return None
     return c, m.to(torch.uint8)
+
+
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack the unsigned 2-bit or 3-bit codes of a matrix, row by row.
+
+    2 bits: byte j of a row holds elements 4j to 4j+3, the first in the lowest two bits. 3 bits: the K/4 bytes of the
+    low two bits as above, then K/8 bytes of the high bits: byte j holds those of elements 8j to 8j+7, the first lowest.
+
+    Args:
+        codes: (N, K) integers in [0, 2^bits), K a multiple of 4 (2 bits) or 8 (3 bits), any integer dtype.
+    Returns:
+        (N, K * bits / 8) uint8.
+    Raises:
+        ValueError: another number of bits, K does not fit, or a code is out of range.
+    """
+    unit = {2: 4, 3: 8}.get(bits)
+    if unit is None or codes.shape[-1] % unit:
+        raise ValueError(f"pack_codes: {bits} bits and {codes.shape[-1]} columns; known are 2 (K % 4) and 3 (K % 8)")
+    if codes.numel() and (codes.min() < 0 or codes.max() >= 1 << bits):
+        raise ValueError(f"pack_codes: codes must lie in [0, {(1 << bits) - 1}]")
+    fields = codes.to(torch.uint8).unflatten(-1, (-1, 4))
+    low = sum((fields[..., i] & 3) << 2 * i for i in range(4))
+    if bits == 2:
+        return low
+    octets = codes.to(torch.uint8).unflatten(-1, (-1, 8)) >> 2
+    return torch.cat([low, sum(octets[..., i] << i for i in range(8))], -1)
+
+
+def unpack_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Inverse of :func:`pack_codes`: (N, K * bits / 8) uint8 -> (N, K) uint8. Plain ops, so it can be traced by FX."""
+    low = packed if bits == 2 else packed[..., : packed.shape[-1] // 3 * 2]
+    codes = torch.stack([low >> 2 * i & 3 for i in range(4)], -1).flatten(-2)
+    if bits == 3:
+        high = packed[..., packed.shape[-1] // 3 * 2 :]
+        codes = codes | torch.stack([(high >> i & 1) << 2 for i in range(8)], -1).flatten(-2)
+    return codes

@@ -77,6 +77,11 @@ def twin_linear(
     )
 
 
+def weight_only(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The op for one 4-bit matrix (N, K/2) and activations (..., K) that are not quantized -> (..., N), dtype of x."""
+    return twin_linear(x, None, weight, scale, None, None, None, None, None, 0.0, x.dtype)
+
+
 @twin_linear.register_kernel("cuda")
 def _(x, x_scale, residual, residual_scale, down, down_scale, up, up_scale, bias, act_ratio, dtype):
     args = (x, x_scale, residual, residual_scale, down, down_scale, up, up_scale, bias, act_ratio, dtype)

@@ -1,0 +1,85 @@
+"""The Triton kernel of ``lattice_linear`` on the CPU, in Triton's interpreter, against float64 with a derived bound."""
+
+import pytest
+import torch
+from lattice_bounds import CASES, random_arguments, worst
+
+pytest.importorskip("triton")
+from tqcompile.kernels import lattice_linear as kernel
+from tqcompile.ops.lattice_linear import lattice_linear_reference
+
+pytestmark = [
+    pytest.mark.skipif(not kernel.INTERPRET, reason="a GPU is used: see tests/gpu"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_outputs():
+    """Fresh memory reads as NaN: a value the kernel does not write is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernel_is_within_its_bound(case):
+    args = random_arguments(*case)
+    assert kernel.unsupported(*args) is None
+    assert worst(kernel.launch(*args), *args, rounded_weights=case[0] > kernel.DENSE_TOKENS) <= 1
+    assert kernel.describe(*args) == ("dense" if case[0] > kernel.DENSE_TOKENS else "fused")
+    assert worst(lattice_linear_reference(*args), *args) <= 1
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("tile", [(64, 16, 64, 1, 4, 2), (32, 32, 128, 3, 4, 2), (128, 16, 32 * 2, 5, 4, 2)])
+def test_every_tile_and_split_is_right_and_repeats(bits, tile):
+    args = random_arguments(21, 75, 640, 5, bits, BF16, "zero", True, seed=1)
+    first = kernel.launch(*args, tile=kernel.Tile(*tile))
+    assert worst(first, *args) <= 1
+    assert torch.equal(kernel.launch(*args, tile=kernel.Tile(*tile)), first)
+
+
+def test_the_bound_sees_one_wrong_code():
+    args = random_arguments(3, 40, 256, 2, 2, BF16, "zero", True, seed=2)
+    wrong = list(args)
+    wrong[1] = args[1].clone()
+    wrong[1][7, 3] ^= 2
+    assert worst(kernel.launch(*args), *wrong) > 1
+
+
+def test_x_may_be_strided_and_have_no_tokens():
+    x, *rest = random_arguments(6, 40, 128, 1, 2, BF16, "offset", True, seed=3)
+    strided = torch.stack([x, x], -1)[..., 0]
+    assert torch.equal(kernel.launch(strided, *rest), kernel.launch(x, *rest))
+    assert kernel.launch(x[:0], *rest).shape == (0, 40)
+    assert torch.equal(kernel.launch(x.view(2, 3, 128), *rest), kernel.launch(x, *rest).view(2, 3, 40))
+
+
+@pytest.mark.parametrize("t", [1, 5, 17, 64, 128])
+@pytest.mark.parametrize(
+    ("n", "k", "group"), [(28672, 4096, 128), (4096, 14336, 14336), (40, 192, 192), (614, 4096, 64)]
+)
+def test_a_tile_fits_every_shape(t, n, k, group):
+    for wide in (False, True):
+        tile = kernel.choose_tile(t, n, k, group, wide)
+        assert group % tile.step == 0
+        assert tile.step % 64 == 0
+        assert 1 <= tile.splits <= k // tile.step
+
+
+def test_refusals_name_the_reason():
+    x, codes, scale, zero, _, _, bits = random_arguments(3, 40, 192, 3, 2, BF16, "zero", False)
+    assert kernel.unsupported(x, codes, scale, zero, None, None, bits) is None
+    for wrong, reason in (
+        ((x.double(), codes, scale, zero, None, None, bits), "not float32"),
+        ((x, codes, scale, zero, None, None, 3), "multiple of 64"),
+        ((x, codes.to(torch.int8), scale, zero, None, None, bits), "uint8"),
+        ((x, codes, scale[:, :1].repeat(1, 6), zero, None, None, bits), "multiple of 64"),
+        ((x, codes.t().contiguous().t(), scale, zero, None, None, bits), "contiguous"),
+        ((x, codes, scale, zero, torch.zeros(4), None, bits), "exclude"),
+        ((x, codes, scale, None, torch.zeros(3), None, bits), "does not divide"),
+        ((x, codes, scale.double(), None, None, None, bits), "float32"),
+    ):
+        assert reason in kernel.unsupported(*wrong)
