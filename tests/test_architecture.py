@@ -20,7 +20,7 @@ LAYERS = (
     ("calibration", "modules", "reporting", "checkpoint", "output_head", "block_tuning"),
     ("quantize_unit",),
     ("api", "backend", "hf", "exporters"),
-    ("demo", "tuner", "cli", "__main__"),
+    ("demo", "tuner", "commands", "cli", "__main__"),
 )
 
 

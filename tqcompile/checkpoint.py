@@ -60,7 +60,7 @@ def quantization_config(
     }
 
 
-def save(model: nn.Module, directory: str | Path) -> None:
+def save(model: nn.Module, directory: str | Path, tokenizer: Any = None) -> None:
     """Save a quantized model.
 
     Hugging Face models get everything that ``save_pretrained`` writes, so ``AutoModel*.from_pretrained(directory)``
@@ -68,6 +68,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
 
     Args:
         directory: created, or replaced when it already holds a tqcompile checkpoint.
+        tokenizer: saved beside the model where given, so that the directory is all that is needed to use it.
     Raises:
         ModelError: the model is not quantized. CheckpointError: the directory holds something else. OSError: the
         disk refuses; an existing checkpoint is then still whole.
@@ -84,6 +85,8 @@ def save(model: nn.Module, directory: str | Path) -> None:
     try:
         new.mkdir()
         _write(model, state, new)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
         if target.exists():
             target.rename(old)
         new.rename(target)
