@@ -282,6 +282,9 @@ def test_the_estimate_by_hand(tmp_path):
     inner = sum(p.numel() for name, p in model.named_parameters() if "layers" in name and p.dim() == 2)
     assert found.model == 4 * parameters
     assert found.copy == int(inner * (4 + 16 / 64) / 8 * 1.15)
+    block = inner // 2
+    without = memory.estimate(tmp_path, files.weight_files(tmp_path), settings, config.replace(tune=0), "float32")
+    assert found.work - without.work == 4 * 10 * block
     assert found.data == 6 * 3 * 5 * 128 * 4
     stored = memory.estimate(tmp_path, files.weight_files(tmp_path), settings, config, "auto")
     assert (stored.model, stored.data) == (2 * parameters, found.data // 2)

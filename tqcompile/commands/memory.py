@@ -1,24 +1,26 @@
 """What quantizing a model in memory takes, estimated from the headers of its files before any weight is read."""
 
+import collections
 import dataclasses
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
-from tqcompile.config import Config
+from tqcompile.config import Config, Scheme
 from tqcompile.errors import CheckpointError, ModelError
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _BASE = 700_000_000  # Python, torch and transformers, before any model
 _WORKING_COPIES = 10  # float32 copies of the largest site while it is learned: weights, rounded, gradients
+_TUNING_COPIES = 10  # the same of a whole block while it is tuned: codes, gradients, Adam's moments
 _STATES = 6  # sets of hidden states: quantized and exact, each with its successor; targets; one block's intermediates
 _ROWS = 4 * 5120  # rows of inputs that four sites keep, see methods/statistics.py
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Bytes. model: its weights. copy: the quantized copy. work: learning the largest site. data: hidden states."""
+    """Bytes. model: its weights. copy: the quantized copy. work: learning the largest site and tuning a block. data: hidden states."""
 
     model: int
     copy: int
@@ -66,10 +68,22 @@ def estimate(directory: Path, files: list[Path], settings: dict[str, Any], confi
     widest = max(max(shapes[name][1]) for name in inner)
     # Gate and up, the largest site, are two matrices; second moments and their factors are widest^2 each.
     work = 4 * (2 * _WORKING_COPIES * max(sizes[name] for name in inner) + 5 * widest**2 + _ROWS * widest)
+    if config.tune and Scheme.parse(config.scheme).method == "twin":
+        work += 4 * _TUNING_COPIES * max(_block_sizes(inner, sizes).values())
     text = settings.get("text_config") or settings
     hidden = next((text[key] for key in ("hidden_size", "n_embd", "d_model") if isinstance(text.get(key), int)), widest)
     element = stored or _BYTES.get(shapes[inner[0]][0], 4)
     return Estimate(model, copy, work, _STATES * config.samples * config.seq_len * hidden * element)
+
+
+def _block_sizes(names: list[str], sizes: dict[str, int]) -> dict[str, int]:
+    """Weights of every block: what shares a name up to its first number."""
+    found: dict[str, int] = collections.Counter()
+    for name in names:
+        parts = name.split(".")
+        number = next(index for index, part in enumerate(parts) if part.isdigit())
+        found[".".join(parts[: number + 1])] += sizes[name]
+    return found
 
 
 def available() -> int | None:
