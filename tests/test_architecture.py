@@ -17,7 +17,7 @@ LAYERS = (
     ("errors", "config"),
     ("methods", "ops", "data", "progress", "evaluate"),
     ("passes", "kernels", "recipes"),
-    ("calibration", "modules", "reporting", "checkpoint", "output_head", "block_tuning"),
+    ("calibration", "modules", "reporting", "checkpoint", "checkpoint_files", "output_head", "block_tuning"),
     ("quantize_unit",),
     ("api", "backend", "hf", "exporters"),
     ("demo", "tuner", "commands", "cli", "__main__"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tqcompile.checkpoint_files import check_types
 from tqcompile.errors import ModelError
 from tqcompile.modules import Int8Linear, TwinLinear
 
@@ -69,9 +70,13 @@ class Report:
 
     @staticmethod
     def from_dict(data: dict) -> "Report":
-        layers = [LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in data["layers"]]
-        blocks = [BlockRecord(**block) for block in data.get("blocks", [])]
-        return Report(data["config"], layers, dict(data["skipped"]), list(data["notes"]), blocks)
+        """The inverse of :meth:`to_dict`. Raises KeyError, TypeError or ValueError on what is no report."""
+        layers = [check_types(LayerRecord(**{**layer, "shape": tuple(layer["shape"])})) for layer in data["layers"]]
+        blocks = [check_types(BlockRecord(**block)) for block in data.get("blocks", [])]
+        found = Report(dict(data["config"]), layers, dict(data["skipped"]), list(data["notes"]), blocks)
+        if not all(isinstance(text, str) for text in [*found.skipped.values(), *found.notes]):
+            raise TypeError("a reason or a note is no text")
+        return found
 
     def to_json(self, path: str | Path) -> None:
         """Write everything as JSON."""

@@ -20,7 +20,7 @@ _ROWS = 4 * 5120  # rows of inputs that four sites keep, see methods/statistics.
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Bytes. model: its weights. copy: the quantized copy. work: learning the largest site and tuning a block. data: hidden states."""
+    """Bytes. model: its weights. copy: quantized. work: learning a site, tuning a block. data: hidden states."""
 
     model: int
     copy: int
