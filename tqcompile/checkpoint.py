@@ -308,9 +308,13 @@ def _read_settings(directory: Path) -> dict[str, Any]:
 
 def _checked_spec(name: str, data: dict, linear: nn.Linear) -> LinearSpec:
     try:
-        spec = check_types(LinearSpec(**data))
+        spec = LinearSpec(**data)
     except TypeError as error:
         raise CheckpointError(f"{name}: malformed layer description in config.json ({error}).") from error
+    try:
+        check_types(spec)
+    except TypeError as error:
+        raise CheckpointError(f"{name}: impossible layer description in config.json ({error}).") from error
     sizes = (spec.out_features, spec.in_features)
     if sizes != (linear.out_features, linear.in_features):
         raise CheckpointError(
