@@ -1,6 +1,6 @@
 """What works for which architecture, measured on small models of random sizes: the table of docs/coverage.md.
 
-``python tests/coverage_table.py`` measures and writes the table; ``test_coverage.py`` holds it to be what is measured.
+``PYTHONPATH=. python tests/coverage_table.py`` writes it; ``test_coverage.py`` holds it to be what is measured.
 """
 
 import collections
@@ -206,8 +206,17 @@ def _reasons(skipped: dict[str, str]) -> str:
     return "; ".join(f"{count}: {reason}" for reason, count in sorted(counts.items()))
 
 
-if __name__ == "__main__":
-    import sys
+def row(cells: tuple[str, ...]) -> str:
+    return f"| {' | '.join(cell or '-' for cell in cells)} |"
 
-    for name in sys.argv[1:] or CASES:
-        print(" | ".join(measure(name)), flush=True)
+
+def write(rows: list[str]) -> None:
+    """Replace the table of the document."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    head, _, _ = text.partition("\n| model |")
+    table = [row(HEADINGS), "|" + "---|" * len(HEADINGS), *rows]
+    DOCUMENT.write_text(head + "\n" + "\n".join(table) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write([row(measure(name)) for name in CASES])

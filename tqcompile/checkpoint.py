@@ -21,6 +21,7 @@ from tqcompile.errors import CheckpointError, ModelError
 from tqcompile.methods.components import LinearSpec, are_signs, lattice_fits
 from tqcompile.modules import Int8Linear, LatticeLinear, TwinLinear, empty_layer
 from tqcompile.passes.correct_norm_mean import insert_shift
+from tqcompile.passes.replace_conv1d import as_linear, is_conv1d
 from tqcompile.passes.replace_linear import Journal
 from tqcompile.passes.rotate_residual_stream import insert_after_norm
 from tqcompile.reporting import Report
@@ -188,7 +189,7 @@ def replace_linears(model: nn.Module, quantization: dict[str, Any], files: list[
     layers: dict[str, TwinLinear | LatticeLinear | Int8Linear] = {}
     modules = dict(model.named_modules())
     for name, data in quantization["modules"].items():
-        linear = modules.get(name)
+        linear = as_linear(modules[name]) if is_conv1d(modules.get(name)) else modules.get(name)
         if not isinstance(linear, nn.Linear):
             raise CheckpointError(f"{name}: no linear layer of that name; the checkpoint is of another model.")
         layer = empty_layer(_checked_spec(name, data, linear), device="meta")
@@ -273,7 +274,8 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
 
 def _write(model: nn.Module, quantization: dict[str, Any], directory: Path) -> None:
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained(directory)
+        # Tensors by the names of the modules: some architectures have other names in files of older versions (ViT).
+        model.save_pretrained(directory, save_original_format=False)
     else:
         from safetensors.torch import save_model
 

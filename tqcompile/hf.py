@@ -49,6 +49,11 @@ class TwinQuantizer(HfQuantizer):
 
         self._directory = Path(checkpoint_files[0]).parent
         replace_linears(model, self.quantization_config.to_dict(), [Path(file) for file in checkpoint_files])
+        for name in self.quantization_config.modules:
+            # An architecture may initialise weights of children by name (GPT-2: c_proj.weight); these are packed now.
+            parent = model.get_submodule(name.rpartition(".")[0])
+            own = [*parent.parameters(recurse=False), *parent.buffers(recurse=False)]
+            parent._is_hf_initialized = not own
 
     def _process_model_after_weight_loading(self, model, **_kwargs):
         from tqcompile.checkpoint import finish_loading
