@@ -259,10 +259,12 @@ def deep(path: Path) -> None:
     path.write_text("[" * 200_000)
 
 
-def index_to(target: str):
+def index_to(name: str):
     """A checkpoint whose index sends every tensor to another file, which is moved there."""
 
     def change(folder: Path) -> None:
+        # An absolute path must exist to be stolen from; one inside of the test's folder does.
+        target = f"{folder.parent}{name}" if name.startswith("/") else name
         place = folder / target
         place.parent.mkdir(parents=True, exist_ok=True)
         header, _ = split((folder / TENSORS).read_bytes())
@@ -274,10 +276,6 @@ def index_to(target: str):
     return change
 
 
-def without_manifest(folder: Path) -> None:
-    (folder / MANIFEST).unlink()
-
-
 def huge_header(folder: Path) -> None:
     with (folder / TENSORS).open("wb") as stream:
         stream.write((10**9).to_bytes(8, "little"))
@@ -286,7 +284,7 @@ def huge_header(folder: Path) -> None:
 
 EVIL = {
     "index to the folder above": (index_to("../stolen.safetensors"), "leaves the checkpoint"),
-    "index to an absolute path": (index_to("/tmp/tqcompile-stolen/x.safetensors"), "leaves the checkpoint"),
+    "index to an absolute path": (index_to("/stolen/x.safetensors"), "leaves the checkpoint"),
     "index into a folder": (index_to("inner/x.safetensors"), "leaves the checkpoint"),
     "index that is no JSON": (
         lambda d: (d / "model.safetensors.index.json").write_text("{"),
@@ -336,6 +334,15 @@ def test_evil_checkpoints_are_refused(saved, case, monkeypatch):
     with pytest.raises(CheckpointError, match=message):
         tqcompile.load(saved)
     assert time.perf_counter() - began < 5
+
+
+@pytest.mark.parametrize("case", [case for case in EVIL if "index to" in case or "index into" in case])
+def test_from_pretrained_stays_in_the_directory_too(saved, case):
+    from transformers import AutoModelForCausalLM
+
+    EVIL[case][0](saved)
+    with pytest.raises(CheckpointError, match="leaves the checkpoint"):
+        AutoModelForCausalLM.from_pretrained(saved)
 
 
 def test_code_beside_a_checkpoint_is_not_run(saved):
