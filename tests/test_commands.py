@@ -257,6 +257,8 @@ def test_what_is_there_is_replaced_only_when_asked(checkpoint, tmp_path):
     (tmp_path / "other" / "thesis.txt").write_text("years of work")
     with pytest.raises(CheckpointError, match="not a tqcompile checkpoint, so it is not replaced"):
         run(*arguments, "--out", tmp_path / "other", "--overwrite")
+    with pytest.raises(CheckpointError, match="not a tqcompile checkpoint, so it is not replaced"):
+        run(*arguments, "--out", tmp_path / "other" / "thesis.txt", "--overwrite")
     with pytest.raises(CheckpointError, match="the model's own directory"):
         run(*arguments, "--out", demo.MODEL_DIR, "--overwrite")
     assert (tmp_path / "other" / "thesis.txt").read_text() == "years of work"

@@ -150,9 +150,10 @@ def check_target(target: Path, source: Path, overwrite: bool) -> None:
         raise CheckpointError(f"--out {target} is the model's own directory. Choose another.")
     if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
         raise CheckpointError(f"--out {target} exists. Choose another directory, or pass --overwrite.")
-    if target.exists() and any(target.iterdir()) and not (target / checkpoint.MANIFEST).is_file():
+    foreign = target.is_dir() and any(target.iterdir()) and not (target / checkpoint.MANIFEST).is_file()
+    if target.is_file() or foreign:
         raise CheckpointError(f"--out {target} is not a tqcompile checkpoint, so it is not replaced.")
-    parent = next(folder for folder in [*target.resolve().parents] if folder.exists())
+    parent = next(folder for folder in target.resolve().parents if folder.exists())
     if not os.access(parent, os.W_OK):
         raise CheckpointError(f"--out {target}: {parent} is not writable.")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqcompile.config import Config, Scheme
 from tqcompile.errors import CheckpointError, ModelError
+from tqcompile.methods.recipe import recipe_of
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _BASE = 700_000_000  # Python, torch and transformers, before any model
@@ -64,11 +65,12 @@ def estimate(directory: Path, files: list[Path], settings: dict[str, Any], confi
     ]
     if not inner:
         raise ModelError(f"{directory} holds no weights of numbered layers, so there is nothing to quantize.")
-    copy = int(sum(sizes[name] for name in inner) * (4 + 16 / config.group_size) / 8 * 1.15)
+    scheme = Scheme.parse(config.scheme)
+    copy = int(sum(sizes[name] for name in inner) * (scheme.weight_bits + 16 / config.group_size) / 8 * 1.15)
     widest = max(max(shapes[name][1]) for name in inner)
     # Gate and up, the largest site, are two matrices; second moments and their factors are widest^2 each.
     work = 4 * (2 * _WORKING_COPIES * max(sizes[name] for name in inner) + 5 * widest**2 + _ROWS * widest)
-    if config.tune and Scheme.parse(config.scheme).method == "twin":
+    if config.tune * recipe_of(scheme).tune:
         work += 4 * _TUNING_COPIES * max(_block_sizes(inner, sizes).values())
     text = settings.get("text_config") or settings
     hidden = next((text[key] for key in ("hidden_size", "n_embd", "d_model") if isinstance(text.get(key), int)), widest)
