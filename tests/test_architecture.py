@@ -17,10 +17,10 @@ LAYERS = (
     ("errors", "config"),
     ("methods", "ops", "data", "progress", "evaluate"),
     ("passes", "kernels", "recipes"),
-    ("calibration", "modules", "reporting", "checkpoint", "output_head", "block_tuning"),
+    ("calibration", "modules", "reporting", "checkpoint", "checkpoint_files", "output_head", "block_tuning"),
     ("quantize_unit",),
     ("api", "backend", "hf", "exporters"),
-    ("demo", "tuner", "cli", "__main__"),
+    ("demo", "tuner", "commands", "cli", "__main__"),
 )
 
 

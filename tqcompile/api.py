@@ -24,6 +24,7 @@ from tqcompile.modules import QUANTIZED
 from tqcompile.output_head import leave_head, quantize_head
 from tqcompile.passes.analyze import analyze
 from tqcompile.passes.correct_norm_mean import shifted_norms
+from tqcompile.passes.replace_conv1d import replace_conv1d, restore_conv1d
 from tqcompile.passes.replace_linear import Journal
 from tqcompile.progress import Progress
 from tqcompile.quantize_unit import Job, correct_unit, norm_gains, quantize_unit, tune_unit
@@ -61,7 +62,9 @@ def compile(
     if backend not in ("auto", "twinquant", None):
         raise ConfigError(f"backend must be 'auto', 'twinquant' or None, got {backend!r}")
     with _frozen_while_working(model) as journal:
+        transposed = replace_conv1d(model, journal)
         _, report = _quantize(model, calib_data, tokenizer, config, journal, progress, absorb=True)
+        restore_conv1d(model, transposed, journal)
     model.requires_grad_(False)
     _mark(model, config, report)
     if backend == "twinquant" or (backend == "auto" and device_of(model).type == "cuda"):

@@ -4,7 +4,6 @@ A directory is written beside its destination and moved into place when complete
 tensor is checked against the manifest ``tqcompile.json``; nothing in a checkpoint is ever executed.
 """
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -16,11 +15,13 @@ import torch
 from torch import nn
 
 from tqcompile import __version__
+from tqcompile.checkpoint_files import check_directory, check_types, hash_tensors, read_json
 from tqcompile.config import Config
 from tqcompile.errors import CheckpointError, ModelError
 from tqcompile.methods.components import LinearSpec, are_signs, lattice_fits
 from tqcompile.modules import Int8Linear, LatticeLinear, TwinLinear, empty_layer
 from tqcompile.passes.correct_norm_mean import insert_shift
+from tqcompile.passes.replace_conv1d import as_linear, is_conv1d
 from tqcompile.passes.replace_linear import Journal
 from tqcompile.passes.rotate_residual_stream import insert_after_norm
 from tqcompile.reporting import Report
@@ -60,7 +61,7 @@ def quantization_config(
     }
 
 
-def save(model: nn.Module, directory: str | Path) -> None:
+def save(model: nn.Module, directory: str | Path, tokenizer: Any = None) -> None:
     """Save a quantized model.
 
     Hugging Face models get everything that ``save_pretrained`` writes, so ``AutoModel*.from_pretrained(directory)``
@@ -68,6 +69,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
 
     Args:
         directory: created, or replaced when it already holds a tqcompile checkpoint.
+        tokenizer: saved beside the model where given, so that the directory is all that is needed to use it.
     Raises:
         ModelError: the model is not quantized. CheckpointError: the directory holds something else. OSError: the
         disk refuses; an existing checkpoint is then still whole.
@@ -84,6 +86,8 @@ def save(model: nn.Module, directory: str | Path) -> None:
     try:
         new.mkdir()
         _write(model, state, new)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
         if target.exists():
             target.rename(old)
         new.rename(target)
@@ -105,6 +109,7 @@ def load(directory: str | Path, model: nn.Module | None = None, **from_pretraine
     """
     directory = Path(directory)
     settings = _read_settings(directory)
+    check_directory(directory, settings)
     if model is None:
         names = settings.get("architectures") or []
         if len(names) != 1:
@@ -119,19 +124,41 @@ def load(directory: str | Path, model: nn.Module | None = None, **from_pretraine
         return architecture.from_pretrained(directory, local_files_only=True, **from_pretrained)
     if from_pretrained:
         raise CheckpointError(f"{', '.join(from_pretrained)} cannot be combined with model=.")
+    children = {module: dict(module._modules) for module in model.modules()}
+    try:
+        _fill(model, settings["quantization_config"], directory)
+    except BaseException:
+        for module, before in children.items():
+            module._modules.update(before)
+        raise
+    return model.eval()
+
+
+def _fill(model: nn.Module, quantization: dict[str, Any], directory: Path) -> None:
+    """Give a module that is not from transformers the structure and the tensors of a checkpoint."""
     files = sorted(directory.glob("*.safetensors"))
-    replace_linears(model, settings["quantization_config"], files)
+    replace_linears(model, quantization, files)
+    _stored_report(quantization, directory)  # read again at the end; an unreadable one is refused before the weights
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     state: dict[str, torch.Tensor] = {}
     for file in files:
-        state |= load_file(file)
+        try:
+            state |= load_file(file)
+        except (SafetensorError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{file.name} cannot be read ({error}); it was altered.") from error
     _fill_aliases(model, state)
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    wanted = model.state_dict()
+    missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     if missing or unexpected:
         raise CheckpointError(f"{directory}: missing tensors {missing[:3]}, unexpected tensors {unexpected[:3]}.")
-    finish_loading(model, settings["quantization_config"], directory)
-    return model.eval()
+    for name, tensor in wanted.items():
+        if state[name].shape != tensor.shape or state[name].is_floating_point() != tensor.is_floating_point():
+            found = f"{state[name].dtype} {list(state[name].shape)}"
+            raise CheckpointError(f"tensor {name} is {found}, the model needs {tensor.dtype} {list(tensor.shape)}.")
+    model.load_state_dict(state, strict=True, assign=True)
+    finish_loading(model, quantization, directory)
 
 
 def _fill_aliases(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
@@ -154,14 +181,15 @@ def replace_linears(model: nn.Module, quantization: dict[str, Any], files: list[
     version = quantization.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(f"checkpoint format {version!r} is not {FORMAT_VERSION}: another tqcompile wrote it.")
-    if not isinstance(quantization.get("modules"), dict):
-        raise CheckpointError("the quantization_config in config.json describes no modules; it was altered.")
+    for key in ("modules", "config"):
+        if not isinstance(quantization.get(key), dict):
+            raise CheckpointError(f"the quantization_config in config.json describes no {key}; it was altered.")
     headers = verify_files(files)
     manifest = _read_manifest(files[0].parent)
     layers: dict[str, TwinLinear | LatticeLinear | Int8Linear] = {}
     modules = dict(model.named_modules())
     for name, data in quantization["modules"].items():
-        linear = modules.get(name)
+        linear = as_linear(modules[name]) if is_conv1d(modules.get(name)) else modules.get(name)
         if not isinstance(linear, nn.Linear):
             raise CheckpointError(f"{name}: no linear layer of that name; the checkpoint is of another model.")
         layer = empty_layer(_checked_spec(name, data, linear), device="meta")
@@ -190,14 +218,20 @@ def finish_loading(model: nn.Module, quantization: dict[str, Any], directory: Pa
         elif isinstance(module, LatticeLinear):
             module.rebuild()
     model.tqcompile_quantization = quantization
-    model.tqcompile_report = Report(quantization["config"], notes=[f"loaded from a checkpoint without {MANIFEST}"])
+    model.tqcompile_report = _stored_report(quantization, directory)
+
+
+def _stored_report(quantization: dict[str, Any], directory: Path) -> Report:
+    """The report in a checkpoint's manifest. Raises CheckpointError when it is none."""
     manifest = _read_manifest(directory)
-    if manifest is not None:
-        try:
-            model.tqcompile_report = Report.from_dict(manifest["report"])
-        except (KeyError, TypeError) as error:
-            path = directory / MANIFEST
-            raise CheckpointError(f"{path} holds no readable report ({error!r}); it was altered.") from error
+    if manifest is None:
+        return Report(quantization["config"], notes=[f"loaded from a checkpoint without {MANIFEST}"])
+    try:
+        return Report.from_dict(manifest["report"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{directory / MANIFEST} holds no readable report ({error!r}); it was altered."
+        ) from error
 
 
 def verify_files(files: list[Path]) -> dict[str, dict]:
@@ -214,7 +248,7 @@ def verify_files(files: list[Path]) -> dict[str, dict]:
     expected = None if manifest is None else manifest["tensors"]
     found: dict[str, dict] = {}
     for file in files:
-        for name, entry in _hash_tensors(file).items():
+        for name, entry in hash_tensors(file).items():
             if expected is not None and name not in expected:
                 raise CheckpointError(f"{file.name}: tensor {name} is not in {MANIFEST}; the file was altered.")
             if expected is not None and entry != expected[name]:
@@ -231,10 +265,7 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
     path = directory / MANIFEST
     if not path.is_file():
         return None
-    try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); the checkpoint is damaged.") from error
+    manifest = read_json(path)
     for key in ("tensors", "modules"):
         if not isinstance(manifest, dict) or not isinstance(manifest.get(key), dict):
             raise CheckpointError(f"{path} lists no {key}; the checkpoint is damaged.")
@@ -243,7 +274,8 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
 
 def _write(model: nn.Module, quantization: dict[str, Any], directory: Path) -> None:
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained(directory)
+        # Tensors by the names of the modules: some architectures have other names in files of older versions (ViT).
+        model.save_pretrained(directory, save_original_format=False)
     else:
         from safetensors.torch import save_model
 
@@ -252,7 +284,7 @@ def _write(model: nn.Module, quantization: dict[str, Any], directory: Path) -> N
         (directory / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
     tensors: dict[str, dict] = {}
     for file in sorted(directory.glob("*.safetensors")):
-        tensors |= _hash_tensors(file)
+        tensors |= hash_tensors(file)
     manifest = {
         "format_version": FORMAT_VERSION,
         "tensors": tensors,
@@ -266,10 +298,7 @@ def _read_settings(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{directory} holds no config.json; it is not a tqcompile checkpoint.")
-    try:
-        settings = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); the checkpoint is damaged.") from error
+    settings = read_json(path)
     quantization = settings.get("quantization_config") if isinstance(settings, dict) else None
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method != QUANT_METHOD:
@@ -279,43 +308,15 @@ def _read_settings(directory: Path) -> dict[str, Any]:
     return settings
 
 
-def _hash_tensors(file: Path) -> dict[str, dict]:
-    """Tensor name -> {"dtype", "shape", "sha256"} of a safetensors file, read without building tensors."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise CheckpointError(f"{file.name} is truncated: its header does not fit in {size} bytes.")
-        entries = {}
-        try:
-            for name, info in _tensor_infos(stream.read(length)):
-                begin, end = info["data_offsets"]
-                if 8 + length + end > size:
-                    raise CheckpointError(f"{file.name} is truncated: tensor {name} ends after the end of the file.")
-                stream.seek(8 + length + begin)
-                digest, left = hashlib.sha256(), end - begin
-                while left > 0:
-                    chunk = stream.read(min(left, 1 << 24))
-                    digest.update(chunk)
-                    left -= len(chunk)
-                entries[name] = {"dtype": info["dtype"], "shape": info["shape"], "sha256": digest.hexdigest()}
-        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{file.name} has a damaged header ({error!r}).") from error
-    return entries
-
-
-def _tensor_infos(header: bytes) -> list[tuple[str, dict]]:
-    infos = [(name, info) for name, info in json.loads(header).items() if name != "__metadata__"]
-    return sorted(infos, key=lambda item: item[1]["data_offsets"][0])
-
-
 def _checked_spec(name: str, data: dict, linear: nn.Linear) -> LinearSpec:
     try:
         spec = LinearSpec(**data)
     except TypeError as error:
         raise CheckpointError(f"{name}: malformed layer description in config.json ({error}).") from error
+    try:
+        check_types(spec)
+    except TypeError as error:
+        raise CheckpointError(f"{name}: impossible layer description in config.json ({error}).") from error
     sizes = (spec.out_features, spec.in_features)
     if sizes != (linear.out_features, linear.in_features):
         raise CheckpointError(

@@ -1,5 +1,6 @@
-"""The command line: ``tqcompile demo``, ``tune`` and ``export``."""
+"""The command line: options only; what a command does is in a module that it imports when it runs."""
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +8,10 @@ from typing import Annotated
 import typer
 
 from tqcompile import __version__
+from tqcompile.config import Config
 from tqcompile.errors import TQError
+
+_DEFAULT = Config()
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -38,6 +42,82 @@ def demo(
 
 
 @app.command()
+def quantize(
+    model: Annotated[Path, typer.Argument(help="Directory of a Hugging Face model (safetensors).")],
+    calib: Annotated[
+        str, typer.Option(help="Text to calibrate on: a file (.jsonl: one object with 'text' a line), or stdlib.")
+    ],
+    out: Annotated[Path, typer.Option(help="Directory to write the checkpoint to.")],
+    scheme: Annotated[str, typer.Option(help="<method>-w<weight bits>a<activation bits>.")] = _DEFAULT.scheme,
+    rank: Annotated[int, typer.Option(help="Rank of the low-rank component.")] = _DEFAULT.rank,
+    group_size: Annotated[int, typer.Option(help="Weights that share one scale.")] = _DEFAULT.group_size,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="A module or 're:' pattern to leave alone beside lm_head; repeatable.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Learning steps per site.")] = _DEFAULT.steps,
+    tune: Annotated[int, typer.Option(help="Steps of block tuning.")] = _DEFAULT.tune,
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = _DEFAULT.samples,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a sequence.")] = _DEFAULT.seq_len,
+    seed: Annotated[int, typer.Option(help="Seeds every random choice.")] = _DEFAULT.seed,
+    lm_head: Annotated[str, typer.Option(help="The output head: keep, w8a16 or w4a16.")] = _DEFAULT.lm_head,
+    device: Annotated[str | None, typer.Option(help="Where to work, e.g. cuda; the CPU by default.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint that exists.")] = False,
+    force: Annotated[bool, typer.Option(help="Start even if the memory will probably not do.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
+) -> None:
+    """Quantize a model in memory and save it with its report and tokenizer."""
+    settings = {"rank": rank, "group_size": group_size, "steps": steps, "tune": tune, "samples": samples}
+    settings |= {"seq_len": seq_len, "seed": seed, "lm_head": lm_head, "device": device}
+    config = Config(scheme=scheme, ignore=(*_DEFAULT.ignore, *(ignore or ())), **settings)
+    from tqcompile.commands.quantize import run
+
+    run(model, calib, out, config, dtype, overwrite, force, json)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A tqcompile checkpoint, or the original model to compare with.")],
+    text: Annotated[
+        str, typer.Option(help="A text file, or stdlib: Python modules the embedded model never saw.")
+    ] = "stdlib",
+    windows: Annotated[int, typer.Option(help="At most this many windows of the text.")] = 64,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    device: Annotated[str, typer.Option(help="Where to run, e.g. cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    json: Annotated[Path | None, typer.Option(help="Also write the result to this file.")] = None,
+) -> None:
+    """Perplexity of a causal language model on a text."""
+    from tqcompile.commands.evaluate import run
+
+    run(model, text, windows, seq_len, dtype, device, json)
+
+
+@app.command()
+def report(
+    model: Annotated[Path, typer.Argument(help="A tqcompile checkpoint.")],
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page with plots.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write one row a layer.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write everything as JSON.")] = None,
+    original: Annotated[
+        Path | None, typer.Option(help="The original model, for its weights' histograms in the page.")
+    ] = None,
+) -> None:
+    """What was done to every layer, and which layers to leave at more bits."""
+    from tqcompile.commands.report import run
+
+    run(model, html, csv, json, original)
+
+
+@app.command()
+def info(json: Annotated[Path | None, typer.Option(help="Also write the facts to this file.")] = None) -> None:
+    """What this machine can run, and why not the rest."""
+    from tqcompile.commands.info import run
+
+    run(json)
+
+
+@app.command()
 def tune(
     model: Annotated[Path | None, typer.Argument(help="A tqcompile checkpoint: tune for the shapes it has.")] = None,
     shapes: Annotated[str, typer.Option(help="Instead of a model: NxK,NxK (out-features x in-features).")] = "",
@@ -48,12 +128,16 @@ def tune(
     export: Annotated[
         Path | None, typer.Option(help="Also write all of this GPU's results as a shipped table.")
     ] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the times to this file.")] = None,
 ) -> None:
     """Time the launch configurations of the fused kernel on this GPU and remember the fastest correct ones."""
     from tqcompile import tuner
+    from tqcompile.commands import files
 
+    files.check_file(json, "--json")
     known = tuner.problems_of_checkpoint(model) if model else tuner.problems(shapes, rank, group_size, activations)
-    tuner.run(known, tuner.numbers(tokens, "--tokens"), export)
+    outcomes = tuner.run(known, tuner.numbers(tokens, "--tokens"), export)
+    files.write_json(json, {"outcomes": [dataclasses.asdict(outcome) for outcome in outcomes]})
 
 
 @app.command()
@@ -86,7 +170,7 @@ def main() -> None:
     """Entry point of the ``tqcompile`` command; expected errors end in one line, not in a traceback."""
     try:
         app()
-    except TQError as error:
+    except (TQError, OSError) as error:
         print(f"tqcompile: {error}", file=sys.stderr)
         raise SystemExit(1) from None
 

@@ -46,9 +46,18 @@ class TwinQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_kwargs):
         from tqcompile.checkpoint import replace_linears
+        from tqcompile.checkpoint_files import check_directory, read_json
 
+        source = Path(getattr(model.config, "_name_or_path", "") or checkpoint_files[0])
+        if source.is_dir():
+            check_directory(source, read_json(source / "config.json"))
         self._directory = Path(checkpoint_files[0]).parent
         replace_linears(model, self.quantization_config.to_dict(), [Path(file) for file in checkpoint_files])
+        for name in self.quantization_config.modules:
+            # An architecture may initialise weights of children by name (GPT-2: c_proj.weight); these are packed now.
+            parent = model.get_submodule(name.rpartition(".")[0])
+            own = [*parent.parameters(recurse=False), *parent.buffers(recurse=False)]
+            parent._is_hf_initialized = not own
 
     def _process_model_after_weight_loading(self, model, **_kwargs):
         from tqcompile.checkpoint import finish_loading

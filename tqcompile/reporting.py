@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tqcompile.checkpoint_files import check_types
 from tqcompile.errors import ModelError
 from tqcompile.modules import Int8Linear, TwinLinear
 
@@ -69,9 +70,13 @@ class Report:
 
     @staticmethod
     def from_dict(data: dict) -> "Report":
-        layers = [LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in data["layers"]]
-        blocks = [BlockRecord(**block) for block in data.get("blocks", [])]
-        return Report(data["config"], layers, dict(data["skipped"]), list(data["notes"]), blocks)
+        """The inverse of :meth:`to_dict`. Raises KeyError, TypeError or ValueError on what is no report."""
+        layers = [check_types(LayerRecord(**{**layer, "shape": tuple(layer["shape"])})) for layer in data["layers"]]
+        blocks = [check_types(BlockRecord(**block)) for block in data.get("blocks", [])]
+        found = Report(dict(data["config"]), layers, dict(data["skipped"]), list(data["notes"]), blocks)
+        if not all(isinstance(text, str) for text in [*found.skipped.values(), *found.notes]):
+            raise TypeError("a reason or a note is no text")
+        return found
 
     def to_json(self, path: str | Path) -> None:
         """Write everything as JSON."""
@@ -123,6 +128,41 @@ class Report:
             console.print(f"note: {note}", markup=False, highlight=False)
         summary = f"{len(self.layers)} layers quantized at {self.bits_per_weight:.2f} bits per weight"
         console.print(f"{summary}, {len(self.skipped)} skipped")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sensitivity:
+    """One layer in the order in which more bits pay most. gain: squared error that a bit more a weight takes away, per
+    weight of the model. share: of the summed squared errors, up to and with this layer. bits_at_8, bits_at_16: bits per
+    weight over all quantized layers when the layers up to and with this one are kept at 8 or 16 bits."""
+
+    name: str
+    error: float
+    gain: float
+    share: float
+    bits_at_8: float
+    bits_at_16: float
+
+
+def sensitivity(report: Report) -> list[Sensitivity]:
+    """Which layers to leave at 8 or 16 bits first: by squared error per stored bit.
+
+    Layers' errors were measured one at a time on their own outputs; how much of one reaches the model's output is not
+    known, so this orders layers and predicts no perplexity. Layers without a measured error are left out.
+    """
+    measured = [layer for layer in report.layers if layer.error is not None]
+    total = sum(layer.error**2 for layer in measured)
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
+    at_8 = at_16 = report.bits_per_weight
+    found, seen = [], 0.0
+    for layer in sorted(measured, key=lambda layer: -(layer.error**2) / (layer.shape[0] * layer.shape[1])):
+        part = layer.shape[0] * layer.shape[1] / weights
+        seen += layer.error**2
+        at_8 += part * (8 - layer.bits)
+        at_16 += part * (16 - layer.bits)
+        share = seen / total if total else 0.0
+        found.append(Sensitivity(layer.name, layer.error, layer.error**2 / part, share, at_8, at_16))
+    return found
 
 
 def stored_bits(layer: TwinLinear | Int8Linear) -> float:

@@ -25,6 +25,11 @@ def _warn_once(op: str, reason: str) -> None:
     log.warning("tqcompile::%s runs as plain torch, not as a fused kernel: %s", op, reason)
 
 
+def missing(op: str) -> str | None:
+    """Why the kernel of ``op`` cannot be imported, or None if it can."""
+    return _load(op)[1]
+
+
 def reason_unsupported(op: str, *args) -> str | None:
     """Why the kernel of ``op`` cannot serve these arguments (shapes and dtypes only), or None if it can."""
     module, reason = _load(op)

@@ -1,0 +1,64 @@
+"""``tqcompile quantize``: a model directory in, a checkpoint and its report out."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import tqcompile
+from tqcompile.commands import files, memory
+from tqcompile.config import Config
+from tqcompile.errors import ModelError
+
+
+def run(
+    model_dir: Path,
+    calib: str,
+    out: Path,
+    config: Config,
+    dtype: str = "auto",
+    overwrite: bool = False,
+    force: bool = False,
+    json: Path | None = None,
+) -> dict[str, Any]:
+    """Quantize the model in ``model_dir`` in memory and save it, with its tokenizer, to ``out``.
+
+    Everything that can be refused is refused before the weights are read; ``out`` is written whole or not at all.
+    Returns what ``--json`` holds: the report, where the checkpoint lies, seconds, estimated and peak bytes.
+    """
+    console = Console()
+    settings = files.read_settings(model_dir)
+    if files.is_quantized(settings):
+        raise ModelError(f"{model_dir} is already quantized by tqcompile. Start from the original weights.")
+    weights = files.weight_files(model_dir)
+    files.check_target(out, model_dir, overwrite)
+    files.check_file(json, "--json")
+    if config.device is not None:
+        files.check_device(config.device)
+    needed = memory.estimate(model_dir, weights, settings, config, dtype)
+    console.print(f"memory, estimated: {needed}", highlight=False)
+    if not force:
+        memory.require(needed)
+    tokenizer = files.load_tokenizer(model_dir)
+    texts = files.calibration_texts(calib, config.samples, config.seq_len)
+    model = files.load_model(model_dir, dtype, config.device or "cpu")
+    began = time.perf_counter()
+    tqcompile.compile(model, texts, config=config, tokenizer=tokenizer, backend=None)
+    seconds = time.perf_counter() - began
+    report = tqcompile.report(model)
+    peak = memory.peak()
+    report.notes.append(f"quantized in {seconds:.0f} s, peak memory of the process {peak / 1e9:.2f} GB")
+    tqcompile.save(model, out, tokenizer=tokenizer)
+    print(report)
+    console.print(f"saved to {out}", highlight=False)
+    result = {
+        "model": str(model_dir),
+        "out": str(out),
+        "seconds": seconds,
+        "estimated_bytes": needed.total,
+        "peak_bytes": peak,
+        "report": report.to_dict(),
+    }
+    files.write_json(json, result)
+    return result

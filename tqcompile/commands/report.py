@@ -1,0 +1,66 @@
+"""``tqcompile report``: what was done to every layer of a checkpoint; reads its manifest, and weights for the plots."""
+
+import json as json_module
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tqcompile import checkpoint
+from tqcompile.commands import files
+from tqcompile.errors import CheckpointError
+from tqcompile.reporting import Report, Sensitivity, sensitivity
+
+SHOWN = 10
+
+
+def read(directory: Path) -> Report:
+    """The report in a checkpoint's manifest; no weight is read.
+
+    Raises:
+        CheckpointError: the directory is no tqcompile checkpoint, or its manifest is missing or damaged.
+    """
+    path = Path(directory) / checkpoint.MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{directory} holds no {checkpoint.MANIFEST}; save the model with tqcompile.save.")
+    try:
+        return Report.from_dict(json_module.loads(path.read_text(encoding="utf-8"))["report"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} holds no readable report ({error!r}); it was altered.") from error
+
+
+def run(
+    directory: Path,
+    html: Path | None = None,
+    csv: Path | None = None,
+    json: Path | None = None,
+    original: Path | None = None,
+) -> Report:
+    """Print the report and the sensitivity ranking; write them as HTML, CSV or JSON where asked."""
+    for path, option in ((html, "--html"), (csv, "--csv"), (json, "--json")):
+        files.check_file(path, option)
+    report = read(directory)
+    print(report)
+    ranking = sensitivity(report)
+    if ranking:
+        print_ranking(ranking)
+    if html is not None:
+        from tqcompile.commands.html_report import page
+
+        files.write_text(html, page(report, directory, original))
+    if csv is not None:
+        report.to_csv(csv)
+    files.write_json(json, {**report.to_dict(), "sensitivity": [vars(entry) for entry in ranking]})
+    return report
+
+
+def print_ranking(ranking: list[Sensitivity]) -> None:
+    """A table of the layers that more bits would help most."""
+    table = Table("layer", title="leave these at more bits first")
+    for heading in ("error", "share of error", "bits if 8", "bits if 16"):
+        table.add_column(heading, justify="right")
+    for entry in ranking[:SHOWN]:
+        bits = f"{entry.bits_at_8:.2f}", f"{entry.bits_at_16:.2f}"
+        table.add_row(escape(entry.name), f"{entry.error:.4f}", f"{100 * entry.share:.1f}%", *bits)
+    Console(width=120).print(table)
