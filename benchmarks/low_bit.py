@@ -33,21 +33,14 @@ def weights(n: int, k: int, bits: int, group: int, lattice: bool):
 
 def milliseconds(calls, replays: int) -> float:
     """Median time of one of ``calls``, all of them captured in one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+    from tqcompile import tuner
+
+    replay, _ = tuner.capture(lambda: [call() for call in calls])
     times = []
     for _ in range(replays):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        graph.replay()
+        replay()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) / len(calls))
