@@ -33,9 +33,10 @@ from tqcompile.exporters.beside import write_beside
 from tqcompile.exporters.session import require
 from tqcompile.exporters.trace import decoder_program, plain_program, trace
 from tqcompile.exporters.verify import DECODE_STEPS, FORM, Verification, is_causal_lm, verify
-from tqcompile.modules import QUANTIZED, Int8Linear, PackedWeight, Transform, TwinLinear
+from tqcompile.modules import QUANTIZED, LatticeLinear, LatticeTransform, PackedWeight, Transform
 from tqcompile.passes.capture import eval_mode
 
+HOLDERS = (PackedWeight, Transform, LatticeTransform)
 FORMS = ("portable", "ort", "inlined")
 OPSETS = range(21, 24)
 
@@ -90,7 +91,7 @@ def export_onnx(
     target = Path(path)
     check_settings(form, opset, dtype)
     check_target(target, overwrite)
-    check_exportable(model)
+    check_exportable(model, form)
     try:
         scratch = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
     except OSError as error:
@@ -140,17 +141,21 @@ def check_target(target: Path, overwrite: bool) -> None:
             )
 
 
-def check_exportable(model: nn.Module) -> None:
-    """Raise ExportError, naming the tensor at fault, when a model is not quantized, not float32 or not on the CPU."""
+def check_exportable(model: nn.Module, form: str) -> None:
+    """Raise ExportError, naming what is at fault, when a model is not quantized, not float32 or not on the CPU, or has
+    layers that the form cannot hold."""
     if not any(isinstance(module, QUANTIZED) for module in model.modules()):
         raise ExportError(
             f"{type(model).__name__} has no quantized layer. Call tqcompile.compile(model, ...) first; "
             "for an unquantized model use torch.onnx.export."
         )
     for prefix, module in model.named_modules():
-        ours = set(module._buffers) if isinstance(module, PackedWeight | Transform) else set()
-        ours |= {"down", "up", "bias"} if isinstance(module, TwinLinear) else set()
-        ours |= set(module._buffers) if isinstance(module, Int8Linear) else set()
+        if form == "ort" and isinstance(module, LatticeLinear):
+            raise ExportError(
+                f"{prefix or type(model).__name__} has {module.spec.weight_bits}-bit codes, which the products of the "
+                'ort form cannot read. Export form="portable" (--form portable) instead.'
+            )
+        ours = set(module._buffers) if isinstance(module, (*QUANTIZED, *HOLDERS)) else set()
         for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             name = f"{prefix}.{key}".lstrip(".")
             if tensor.device.type != "cpu":

@@ -15,8 +15,14 @@ TWIN_INPUTS = (
     *("x", "x_scale", "residual", "residual_scale"),
     *("down", "down_scale", "up", "up_scale", "bias"),
 )
+LATTICE_INPUTS = ("x", "codes", "scale", "zero", "offset", "bias")
 # An op of another scheme joins here, in lower() with a body, in ort.py, and in the translations of trace.py.
-INPUTS = {"QuantizeActivation": QUANTIZE_INPUTS, "TwinLinear": TWIN_INPUTS, "Int8Linear": INT8_INPUTS}
+INPUTS = {
+    "QuantizeActivation": QUANTIZE_INPUTS,
+    "TwinLinear": TWIN_INPUTS,
+    "Int8Linear": INT8_INPUTS,
+    "LatticeLinear": LATTICE_INPUTS,
+}
 SOURCE = "tqcompile.source"
 
 
@@ -26,7 +32,7 @@ def sources(node) -> list[str]:
 
 
 def lower(model, opset: int) -> None:
-    """Give every node of ours its portable op, INT4 K-major weights, float32 scales, and a function body.
+    """Give every node of ours its portable op, packed K-major weights, float32 scales, and a function body.
 
     Args:
         model: ``onnx_ir.Model`` whose nodes of ours have torch's layout, changed in place. opset: the standard
@@ -63,6 +69,14 @@ def lower(model, opset: int) -> None:
             replace(given["weight_scale"], transposed, given["weight_scale"].shape[::-1])
             finish_linear(node, given)
             node.op_type, text = int8_linear_function(given)
+        elif node.op_type == "LatticeLinear":
+            bits = node.attributes["bits"].as_int()
+            node.attributes.clear()
+            for part, dtype in (("codes", ir.DataType.UINT8), ("scale", ir.DataType.FLOAT), ("zero", ir.DataType.UINT8)):
+                if part in given:
+                    _transpose(given[part], dtype, done)
+            finish_linear(node, given)
+            node.op_type, text = lattice_linear_function(given, bits)
         else:
             finish_quantization(node, given)
             node.op_type, text = quantize_activation_function(given)
@@ -185,15 +199,24 @@ def _to_k_major(packed, scale, done: set[str]) -> tuple[int, int]:
         done.add(packed.name)
         n, k = packed.shape[0], packed.shape[1] * 2
         replace(packed, _k_major, (k, n), ir.DataType.INT4)
-    if scale.name not in done:  # asked apart: torch may have merged equal scales of different matrices
-        done.add(scale.name)
-        replace(scale, transposed, (scale.shape[1], scale.shape[0]))
+    _transpose(scale, ir.DataType.FLOAT, done)
     return packed.shape[0], scale.shape[0]
+
+
+def _transpose(value, dtype, done: set[str]) -> None:
+    """Turn an (N, G) initializer into (G, N), once: torch may have merged equal ones of different matrices."""
+    if value.name not in done:
+        done.add(value.name)
+        replace(value, transposed if dtype.is_floating_point() else _columns, value.shape[::-1], dtype)
+
+
+def _columns(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array.T)
 
 
 def _k_major(stored: np.ndarray) -> np.ndarray:
     """(N, K/2) bytes of two values along K -> the bytes of the transpose, two values along N in each."""
-    columns = np.ascontiguousarray(stored.T)
+    columns = _columns(stored)
     nibbles = np.stack((columns & 0xF, columns >> 4), 1).reshape(-1)
     return nibbles[0::2] | (nibbles[1::2] << 4)
 
@@ -303,6 +326,83 @@ def int8_linear_function(given: Mapping) -> tuple[str, str]:
         name, last = "Int8LinearBias", "y1"
         lines.append("y1 = Add (y0, bias)")
     return name, write_function(name, ["group_size"], given, last, lines)
+
+
+def lattice_linear_function(given: Mapping, bits: int) -> tuple[str, str]:
+    """Name and ONNX text of the body of lattice_linear: x (..., K) float32, codes (K * bits / 8, N) uint8.
+
+    The names of values follow their shape: fields (K/4, 4, N), octets (K/8, 8, N), grouped (G, g, N).
+    """
+    name, low = f"LatticeLinearW{bits}", "codes"
+    lines = [
+        "rest = Constant <value_ints = [-1]> ()",
+        "middle = Constant <value_ints = [1]> ()",
+        "groups = Shape <start = 0, end = 1> (scale)",
+        "width = Shape <start = 1, end = 2> (scale)",
+        "grouped = Concat <axis = 0> (groups, rest, width)",
+    ]
+    if bits == 3:
+        low = "low"
+        lines += ["low0, low1, high = Split <axis = 0, num_outputs = 3> (codes)", "low = Concat <axis = 0> (low0, low1)"]
+    lines += [
+        f"quads = Unsqueeze ({low}, middle)",
+        "places = Constant <value: tensor = uint8[4, 1] {0, 2, 4, 6}> ()",
+        "three = Constant <value: tensor = uint8[1] {3}> ()",
+        'moved = BitShift <direction = "RIGHT"> (quads, places)',
+        "fields = BitwiseAnd (moved, three)",
+        "code = Reshape (fields, grouped)",
+    ]
+    code = "code"
+    if bits == 3:
+        lines += [
+            "eights = Unsqueeze (high, middle)",
+            "bits = Constant <value: tensor = uint8[8, 1] {0, 1, 2, 3, 4, 5, 6, 7}> ()",
+            "one = Constant <value: tensor = uint8[1] {1}> ()",
+            "two = Constant <value: tensor = uint8[1] {2}> ()",
+            'moved_high = BitShift <direction = "RIGHT"> (eights, bits)',
+            "octets = BitwiseAnd (moved_high, one)",
+            'fours = BitShift <direction = "LEFT"> (octets, two)',
+            "high_code = Reshape (fours, grouped)",
+            "whole = BitwiseOr (code, high_code)",
+        ]
+        code = "whole"
+    lines.append(f"w0 = Cast <to = 1> ({code})")
+    terms = ["w0"]
+
+    def then(*added: str) -> None:
+        terms.append(f"w{len(terms)}")
+        lines.extend([*added[:-1], f"{terms[-1]} = {added[-1]}"])
+
+    if "zero" in given:
+        name += "Zero"
+        then(
+            "steps = Constant <value_float = 32.0> ()",
+            "zero_steps = Cast <to = 1> (zero)",
+            "zero_point = Div (zero_steps, steps)",
+            "zero_row = Unsqueeze (zero_point, middle)",
+            f"Sub ({terms[-1]}, zero_row)",
+        )
+    if "offset" in given:
+        name += "Offset"
+        then(
+            "dimension = Shape (offset)",
+            "vectors = Concat <axis = 0> (rest, dimension, width)",
+            f"points = Reshape ({terms[-1]}, vectors)",
+            "offset_column = Unsqueeze (offset, middle)",
+            "offset_points = Add (points, offset_column)",
+            "Reshape (offset_points, grouped)",
+        )
+    then("scale_row = Unsqueeze (scale, middle)", f"Mul ({terms[-1]}, scale_row)")
+    lines += [
+        "matrix = Concat <axis = 0> (rest, width)",
+        f"weight = Reshape ({terms[-1]}, matrix)",
+        "y0 = MatMul (x, weight)",
+    ]
+    last = "y0"
+    if "bias" in given:
+        name, last = name + "Bias", "y1"
+        lines.append("y1 = Add (y0, bias)")
+    return name, write_function(name, [], given, last, lines)
 
 
 def write_function(name: str, attributes: list[str], inputs: Mapping, outputs: str, lines: list[str]) -> str:
