@@ -72,7 +72,11 @@ def lower(model, opset: int) -> None:
         elif node.op_type == "LatticeLinear":
             bits = node.attributes["bits"].as_int()
             node.attributes.clear()
-            for part, dtype in (("codes", ir.DataType.UINT8), ("scale", ir.DataType.FLOAT), ("zero", ir.DataType.UINT8)):
+            for part, dtype in (
+                ("codes", ir.DataType.UINT8),
+                ("scale", ir.DataType.FLOAT),
+                ("zero", ir.DataType.UINT8),
+            ):
                 if part in given:
                     _transpose(given[part], dtype, done)
             finish_linear(node, given)
@@ -343,7 +347,10 @@ def lattice_linear_function(given: Mapping, bits: int) -> tuple[str, str]:
     ]
     if bits == 3:
         low = "low"
-        lines += ["low0, low1, high = Split <axis = 0, num_outputs = 3> (codes)", "low = Concat <axis = 0> (low0, low1)"]
+        lines += [
+            "low0, low1, high = Split <axis = 0, num_outputs = 3> (codes)",
+            "low = Concat <axis = 0> (low0, low1)",
+        ]
     lines += [
         f"quads = Unsqueeze ({low}, middle)",
         "places = Constant <value: tensor = uint8[4, 1] {0, 2, 4, 6}> ()",
