@@ -12,11 +12,12 @@ differs, always in this order:
     TwinLinear [A4 | A16] [Single] [Bias] (x, [x_scale], residual, residual_scale,
                                            [down, down_scale, up, up_scale], [bias]) -> (y)
     Int8Linear [Bias] (x, weight, weight_scale, [bias]) -> (y)
+    LatticeLinear W2|W3 [Zero] [Offset] [Bias] (x, codes, scale, [zero], [offset], [bias]) -> (y)
 
 A4 reads activations at 4 bits in the residual (attribute ``act_ratio``); A16 takes float activations and no
 ``x_scale``; Single has no low-rank component. Weights are INT4 (K, N), the K-major form that ONNX Runtime fuses into
 its 4-bit matrix product, in blocks of ``group_size`` (``up_group_size`` for ``up``) along K with float32 scales
-(K/g, N). The inlined form has the bodies in place of the ops; the ort form is in exporters/ort.py. See docs/onnx.md.
+(K/g, N). Codes of 2 and 3 bits (W2, W3) are packed bytes, also K-major. The inlined form has the bodies in place of the ops; the ort form is in exporters/ort.py. See docs/onnx.md.
 """
 
 import os
@@ -66,7 +67,8 @@ def export_onnx(
         path: the ``.onnx`` file; the weights go beside it into ``<path>.data``. A Hugging Face model's config.json
             and generation_config.json are written into the same folder.
         form: "portable", custom ops that carry bodies of standard operators; "inlined", those operators alone;
-            "ort", ONNX Runtime's 4-bit products, the fastest there, with 8-bit activations rounded its way.
+            "ort", ONNX Runtime's 4-bit products, the fastest there, with 8-bit activations rounded its way; not for
+            layers of 2 or 3 bits.
         opset: version of the standard operators, 21 to 23.
         dtype: of activations, cache and logits; "float32" is the only one so far.
         with_past: key/value cache as inputs and outputs; False leaves them out (input_ids, attention_mask -> logits).
@@ -82,7 +84,7 @@ def export_onnx(
         and the reasons included; it is path-like.
     Raises:
         ExportError: the onnx extra is missing, a setting or the path is not usable, the model is not quantized, not
-            float32 or not on the CPU, its cache is not one of plain keys and values, tracing failed, or the file does
+            float32 or not on the CPU, the form cannot hold a layer, its cache is not one of plain keys and values, tracing failed, or the file does
             not reproduce the model. Nothing is then left behind, and files that were there before are unchanged.
     """
     require("onnx", "onnx_ir", "onnxscript", "onnxruntime")

@@ -72,13 +72,9 @@ def lower(model, opset: int) -> None:
         elif node.op_type == "LatticeLinear":
             bits = node.attributes["bits"].as_int()
             node.attributes.clear()
-            for part, dtype in (
-                ("codes", ir.DataType.UINT8),
-                ("scale", ir.DataType.FLOAT),
-                ("zero", ir.DataType.UINT8),
-            ):
-                if part in given:
-                    _transpose(given[part], dtype, done)
+            for name in ("codes", "scale", "zero"):
+                if name in given:
+                    _transpose(given[name], done)
             finish_linear(node, given)
             node.op_type, text = lattice_linear_function(given, bits)
         else:
@@ -203,15 +199,21 @@ def _to_k_major(packed, scale, done: set[str]) -> tuple[int, int]:
         done.add(packed.name)
         n, k = packed.shape[0], packed.shape[1] * 2
         replace(packed, _k_major, (k, n), ir.DataType.INT4)
-    _transpose(scale, ir.DataType.FLOAT, done)
+    _transpose(scale, done)
     return packed.shape[0], scale.shape[0]
 
 
-def _transpose(value, dtype, done: set[str]) -> None:
-    """Turn an (N, G) initializer into (G, N), once: torch may have merged equal ones of different matrices."""
-    if value.name not in done:
-        done.add(value.name)
-        replace(value, transposed if dtype.is_floating_point() else _columns, value.shape[::-1], dtype)
+def _transpose(value, done: set[str]) -> None:
+    """Turn an (N, G) initializer into (G, N), bytes or else float32; once, as equal ones may have been merged."""
+    import onnx_ir as ir
+
+    if value.name in done:
+        return
+    done.add(value.name)
+    if value.dtype == ir.DataType.UINT8:
+        replace(value, _columns, value.shape[::-1], value.dtype)
+    else:
+        replace(value, transposed, value.shape[::-1])
 
 
 def _columns(array: np.ndarray) -> np.ndarray:

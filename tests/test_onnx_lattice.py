@@ -85,25 +85,26 @@ def test_codes_stay_packed(tmp_path, form, bits):
 
 
 class Siblings(nn.Module):
-    """q and k share everything that precedes the codes; ``other`` has an offset of its own."""
+    """q and k share everything but their rows; ``other`` has an offset of its own, ``wide`` more bits."""
 
     def __init__(self):
         super().__init__()
-        for index, (name, n) in enumerate((("q", 24), ("k", 6), ("other", 5))):
-            codes = random_codes(n=n, lattice=4, seed=index)
-            if name == "k":
+        for index, (name, n) in enumerate((("q", 24), ("k", 6), ("other", 5), ("wide", 7))):
+            codes = random_codes(n=n, lattice=4, bits=3 if name == "wide" else 2, seed=index)
+            if name in ("k", "wide"):
                 codes.tensors["weight_offset"] = self.q.weight_offset.clone()
             self.add_module(name, LatticeLinear.from_quantized(codes))
 
     def forward(self, x):
-        return torch.cat((self.q(x), self.k(x), self.other(x)), -1)
+        return torch.cat((self.q(x), self.k(x), self.other(x), self.wide(x)), -1)
 
 
 def test_siblings_become_one_product(tmp_path):
     report = tqcompile.export_onnx(Siblings().eval(), tmp_path / "m.onnx", example={"x": x(1, 3)})
-    assert report.ops == {f"{DOMAIN}::LatticeLinearW2OffsetBias": 2, "ai.onnx::Split": 1, "ai.onnx::Concat": 1}
+    ours = {f"{DOMAIN}::LatticeLinearW2OffsetBias": 2, f"{DOMAIN}::LatticeLinearW3OffsetBias": 1}
+    assert report.ops == ours | {"ai.onnx::Split": 1, "ai.onnx::Concat": 1}
     proto = onnx.load(str(report.path), load_external_data=False)
-    assert [node.name for node in proto.graph.node if node.domain == DOMAIN] == ["q+k", "other"]
+    assert [node.name for node in proto.graph.node if node.domain == DOMAIN] == ["q+k", "other", "wide"]
     assert report.difference < 1e-6
 
 
