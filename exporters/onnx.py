@@ -17,7 +17,8 @@ differs, always in this order:
 A4 reads activations at 4 bits in the residual (attribute ``act_ratio``); A16 takes float activations and no
 ``x_scale``; Single has no low-rank component. Weights are INT4 (K, N), the K-major form that ONNX Runtime fuses into
 its 4-bit matrix product, in blocks of ``group_size`` (``up_group_size`` for ``up``) along K with float32 scales
-(K/g, N). Codes of 2 and 3 bits (W2, W3) are packed bytes, also K-major. The inlined form has the bodies in place of the ops; the ort form is in exporters/ort.py. See docs/onnx.md.
+(K/g, N). Codes of 2 and 3 bits (W2, W3) are packed bytes, also K-major. The inlined form has the bodies in place of
+the ops; the ort form is in exporters/ort.py. See docs/onnx.md.
 """
 
 import os
@@ -84,8 +85,9 @@ def export_onnx(
         and the reasons included; it is path-like.
     Raises:
         ExportError: the onnx extra is missing, a setting or the path is not usable, the model is not quantized, not
-            float32 or not on the CPU, the form cannot hold a layer, its cache is not one of plain keys and values, tracing failed, or the file does
-            not reproduce the model. Nothing is then left behind, and files that were there before are unchanged.
+            float32 or not on the CPU, the form cannot hold a layer, its cache is not one of plain keys and values,
+            tracing failed, or the file does not reproduce the model. Nothing is then left behind, and files that were
+            there before are unchanged.
     """
     require("onnx", "onnx_ir", "onnxscript", "onnxruntime")
     from tqcompile.exporters.pipeline import finish
