@@ -1,8 +1,8 @@
 """q/k/v and gate/up become one wide linear and a Split.
 
-Before: TwinLinear nodes, in torch's layout, that read one activation and share ``down``. After: one TwinLinear whose
-``residual``, ``up`` and ``bias`` are those of the siblings, row under row, and a Split of its output. Siblings that
-differ in anything else (group size, activation bits, a bias on one of them) stay apart. Every output feature keeps
+Before: nodes of one op, in torch's layout, that read one activation and share ``down`` (TwinLinear) or ``offset``
+(LatticeLinear). After: one node whose other inputs are those of the siblings, row under row, and a Split of its output.
+Siblings that differ in anything else (group size, bits, a bias on one of them) stay apart. Every output feature keeps
 its own weights and scales, so the result is the same.
 """
 
@@ -11,45 +11,51 @@ from collections import defaultdict
 import numpy as np
 import onnx_ir as ir
 
-from tqcompile.exporters.portable import DOMAIN, SOURCE, TWIN_INPUTS, sources
+from tqcompile.exporters.portable import DOMAIN, INPUTS, SOURCE, sources
 
-STACKED = ("residual", "residual_scale", "up", "up_scale", "bias")
+STACKED = {
+    "TwinLinear": ("residual", "residual_scale", "up", "up_scale", "bias"),
+    "LatticeLinear": ("codes", "scale", "zero", "bias"),
+}
 
 
 class MergeSiblings(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         families: dict[tuple, list[ir.Node]] = defaultdict(list)
         for node in model.graph:
-            if node.domain == DOMAIN and node.op_type == "TwinLinear":
+            if node.domain == DOMAIN and node.op_type in STACKED:
                 families[_key(node)].append(node)
         merged = [_merge(model.graph, family) for family in families.values() if len(family) > 1]
         return ir.passes.PassResult(model, modified=bool(merged))
 
 
 def _inputs(node: ir.Node) -> dict[str, ir.Value | None]:
-    given = dict.fromkeys(TWIN_INPUTS)
-    given.update(zip(TWIN_INPUTS, node.inputs, strict=False))
+    names = INPUTS[node.op_type]
+    given = dict.fromkeys(names)
+    given.update(zip(names, node.inputs, strict=False))
     return given
 
 
 def _key(node: ir.Node) -> tuple:
     """What siblings have in common."""
-    given = _inputs(node)
-    same = tuple(given[name] for name in ("x", "x_scale", "down", "down_scale"))
-    like = tuple(None if given[name] is None else (given[name].dtype, given[name].shape[1:]) for name in STACKED)
-    return same, like, node.attributes["act_ratio"].as_float()
+    given, stacked = _inputs(node), STACKED[node.op_type]
+    same = tuple(value for name, value in given.items() if name not in stacked)
+    like = tuple(None if given[name] is None else (given[name].dtype, given[name].shape[1:]) for name in stacked)
+    settings = tuple((name, attribute.value) for name, attribute in sorted(node.attributes.items()))
+    return node.op_type, same, like, settings
 
 
 def _merge(graph: ir.Graph, family: list[ir.Node]) -> ir.Node:
     parents, leaves = zip(*(sources(node)[0].rpartition(".")[::2] for node in family), strict=True)
     name = f"{parents[0]}.{'+'.join(leaves)}".lstrip(".")
     given = _inputs(family[0])
-    for key in STACKED:
+    for key in STACKED[family[0].op_type]:
         if given[key] is not None:
             given[key] = _stack(graph, f"{name}.{key}", [_inputs(node)[key] for node in family])
-    widths = [_inputs(node)["residual"].shape[0] for node in family]
+    widths = [node.outputs[0].shape[-1] for node in family]
     sizes = _initializer(graph, f"{name}.sizes", ir.tensor(np.array(widths)))
-    wide = ir.node("TwinLinear", list(given.values()), domain=DOMAIN, attributes=family[0].attributes, name=name)
+    attributes = family[0].attributes
+    wide = ir.node(family[0].op_type, list(given.values()), domain=DOMAIN, attributes=attributes, name=name)
     split = ir.node("Split", [wide.outputs[0], sizes], {"axis": -1}, num_outputs=len(family), name=f"{name}.split")
     old = [node.outputs[0] for node in family]
     wide.outputs[0].shape = ir.Shape([*old[0].shape[:-1], sum(widths)])

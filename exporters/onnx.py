@@ -12,11 +12,13 @@ differs, always in this order:
     TwinLinear [A4 | A16] [Single] [Bias] (x, [x_scale], residual, residual_scale,
                                            [down, down_scale, up, up_scale], [bias]) -> (y)
     Int8Linear [Bias] (x, weight, weight_scale, [bias]) -> (y)
+    LatticeLinear W2|W3 [Zero] [Offset] [Bias] (x, codes, scale, [zero], [offset], [bias]) -> (y)
 
 A4 reads activations at 4 bits in the residual (attribute ``act_ratio``); A16 takes float activations and no
 ``x_scale``; Single has no low-rank component. Weights are INT4 (K, N), the K-major form that ONNX Runtime fuses into
 its 4-bit matrix product, in blocks of ``group_size`` (``up_group_size`` for ``up``) along K with float32 scales
-(K/g, N). The inlined form has the bodies in place of the ops; the ort form is in exporters/ort.py. See docs/onnx.md.
+(K/g, N). Codes of 2 and 3 bits (W2, W3) are packed bytes, also K-major. The inlined form has the bodies in place of
+the ops; the ort form is in exporters/ort.py. See docs/onnx.md.
 """
 
 import os
@@ -33,9 +35,10 @@ from tqcompile.exporters.beside import write_beside
 from tqcompile.exporters.session import require
 from tqcompile.exporters.trace import decoder_program, plain_program, trace
 from tqcompile.exporters.verify import DECODE_STEPS, FORM, Verification, is_causal_lm, verify
-from tqcompile.modules import QUANTIZED, Int8Linear, PackedWeight, Transform, TwinLinear
+from tqcompile.modules import QUANTIZED, LatticeLinear, LatticeTransform, PackedWeight, Transform
 from tqcompile.passes.capture import eval_mode
 
+HOLDERS = (PackedWeight, Transform, LatticeTransform)
 FORMS = ("portable", "ort", "inlined")
 OPSETS = range(21, 24)
 
@@ -65,7 +68,8 @@ def export_onnx(
         path: the ``.onnx`` file; the weights go beside it into ``<path>.data``. A Hugging Face model's config.json
             and generation_config.json are written into the same folder.
         form: "portable", custom ops that carry bodies of standard operators; "inlined", those operators alone;
-            "ort", ONNX Runtime's 4-bit products, the fastest there, with 8-bit activations rounded its way.
+            "ort", ONNX Runtime's 4-bit products, the fastest there, with 8-bit activations rounded its way; not for
+            layers of 2 or 3 bits.
         opset: version of the standard operators, 21 to 23.
         dtype: of activations, cache and logits; "float32" is the only one so far.
         with_past: key/value cache as inputs and outputs; False leaves them out (input_ids, attention_mask -> logits).
@@ -81,8 +85,9 @@ def export_onnx(
         and the reasons included; it is path-like.
     Raises:
         ExportError: the onnx extra is missing, a setting or the path is not usable, the model is not quantized, not
-            float32 or not on the CPU, its cache is not one of plain keys and values, tracing failed, or the file does
-            not reproduce the model. Nothing is then left behind, and files that were there before are unchanged.
+            float32 or not on the CPU, the form cannot hold a layer, its cache is not one of plain keys and values,
+            tracing failed, or the file does not reproduce the model. Nothing is then left behind, and files that were
+            there before are unchanged.
     """
     require("onnx", "onnx_ir", "onnxscript", "onnxruntime")
     from tqcompile.exporters.pipeline import finish
@@ -90,7 +95,7 @@ def export_onnx(
     target = Path(path)
     check_settings(form, opset, dtype)
     check_target(target, overwrite)
-    check_exportable(model)
+    check_exportable(model, form)
     try:
         scratch = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
     except OSError as error:
@@ -140,17 +145,21 @@ def check_target(target: Path, overwrite: bool) -> None:
             )
 
 
-def check_exportable(model: nn.Module) -> None:
-    """Raise ExportError, naming the tensor at fault, when a model is not quantized, not float32 or not on the CPU."""
+def check_exportable(model: nn.Module, form: str) -> None:
+    """Raise ExportError, naming what is at fault, when a model is not quantized, not float32 or not on the CPU, or has
+    layers that the form cannot hold."""
     if not any(isinstance(module, QUANTIZED) for module in model.modules()):
         raise ExportError(
             f"{type(model).__name__} has no quantized layer. Call tqcompile.compile(model, ...) first; "
             "for an unquantized model use torch.onnx.export."
         )
     for prefix, module in model.named_modules():
-        ours = set(module._buffers) if isinstance(module, PackedWeight | Transform) else set()
-        ours |= {"down", "up", "bias"} if isinstance(module, TwinLinear) else set()
-        ours |= set(module._buffers) if isinstance(module, Int8Linear) else set()
+        if form == "ort" and isinstance(module, LatticeLinear):
+            raise ExportError(
+                f"{prefix or type(model).__name__} has {module.spec.weight_bits}-bit codes, which the products of the "
+                'ort form cannot read. Export form="portable" (--form portable) instead.'
+            )
+        ours = set(module._buffers) if isinstance(module, (*QUANTIZED, *HOLDERS)) else set()
         for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             name = f"{prefix}.{key}".lstrip(".")
             if tensor.device.type != "cpu":

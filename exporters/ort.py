@@ -17,18 +17,20 @@ from collections.abc import Mapping
 import numpy as np
 
 from tqcompile.errors import ExportError
+from tqcompile.exporters.bodies import (
+    four_bit_lines,
+    quantize_activation_function,
+    transform_lines,
+    write_function,
+)
 from tqcompile.exporters.portable import (
     DOMAIN,
     add_function,
     derive,
     finish_linear,
     finish_quantization,
-    four_bit_lines,
     inputs_of,
-    quantize_activation_function,
     set_inputs,
-    transform_lines,
-    write_function,
 )
 
 MICROSOFT = "com.microsoft"

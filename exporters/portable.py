@@ -1,12 +1,19 @@
-"""From torch's nodes to the portable form: op names, INT4 K-major weights and a function body for every op.
+"""From torch's nodes to the portable form: op names, packed K-major weights and a function body for every op.
 
-The naming scheme is in :mod:`tqcompile.exporters.onnx`. Bodies are ONNX text, so they can be read as they are.
+The naming scheme is in :mod:`tqcompile.exporters.onnx`, the bodies are in exporters/bodies.py.
 """
 
 import itertools
 from collections.abc import Callable, Mapping
 
 import numpy as np
+
+from tqcompile.exporters.bodies import (
+    int8_linear_function,
+    lattice_linear_function,
+    quantize_activation_function,
+    twin_linear_function,
+)
 
 DOMAIN = "com.tqcompile"
 QUANTIZE_INPUTS = ("x", "input_scale", "rotation")
@@ -15,8 +22,14 @@ TWIN_INPUTS = (
     *("x", "x_scale", "residual", "residual_scale"),
     *("down", "down_scale", "up", "up_scale", "bias"),
 )
-# An op of another scheme joins here, in lower() with a body, in ort.py, and in the translations of trace.py.
-INPUTS = {"QuantizeActivation": QUANTIZE_INPUTS, "TwinLinear": TWIN_INPUTS, "Int8Linear": INT8_INPUTS}
+LATTICE_INPUTS = ("x", "codes", "scale", "zero", "offset", "bias")
+# An op of another scheme joins here, in lower(), in bodies.py, in ort.py, and in the translations of trace.py.
+INPUTS = {
+    "QuantizeActivation": QUANTIZE_INPUTS,
+    "TwinLinear": TWIN_INPUTS,
+    "Int8Linear": INT8_INPUTS,
+    "LatticeLinear": LATTICE_INPUTS,
+}
 SOURCE = "tqcompile.source"
 
 
@@ -26,7 +39,7 @@ def sources(node) -> list[str]:
 
 
 def lower(model, opset: int) -> None:
-    """Give every node of ours its portable op, INT4 K-major weights, float32 scales, and a function body.
+    """Give every node of ours its portable op, packed K-major weights, float32 scales, and a function body.
 
     Args:
         model: ``onnx_ir.Model`` whose nodes of ours have torch's layout, changed in place. opset: the standard
@@ -63,6 +76,14 @@ def lower(model, opset: int) -> None:
             replace(given["weight_scale"], transposed, given["weight_scale"].shape[::-1])
             finish_linear(node, given)
             node.op_type, text = int8_linear_function(given)
+        elif node.op_type == "LatticeLinear":
+            bits = node.attributes["bits"].as_int()
+            node.attributes.clear()
+            for name in ("codes", "scale", "zero"):
+                if name in given:
+                    _transpose(given[name], done)
+            finish_linear(node, given)
+            node.op_type, text = lattice_linear_function(given, bits)
         else:
             finish_quantization(node, given)
             node.op_type, text = quantize_activation_function(given)
@@ -185,127 +206,29 @@ def _to_k_major(packed, scale, done: set[str]) -> tuple[int, int]:
         done.add(packed.name)
         n, k = packed.shape[0], packed.shape[1] * 2
         replace(packed, _k_major, (k, n), ir.DataType.INT4)
-    if scale.name not in done:  # asked apart: torch may have merged equal scales of different matrices
-        done.add(scale.name)
-        replace(scale, transposed, (scale.shape[1], scale.shape[0]))
+    _transpose(scale, done)
     return packed.shape[0], scale.shape[0]
+
+
+def _transpose(value, done: set[str]) -> None:
+    """Turn an (N, G) initializer into (G, N), bytes or else float32; once, as equal ones may have been merged."""
+    import onnx_ir as ir
+
+    if value.name in done:
+        return
+    done.add(value.name)
+    if value.dtype == ir.DataType.UINT8:
+        replace(value, _columns, value.shape[::-1], value.dtype)
+    else:
+        replace(value, transposed, value.shape[::-1])
+
+
+def _columns(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array.T)
 
 
 def _k_major(stored: np.ndarray) -> np.ndarray:
     """(N, K/2) bytes of two values along K -> the bytes of the transpose, two values along N in each."""
-    columns = np.ascontiguousarray(stored.T)
+    columns = _columns(stored)
     nibbles = np.stack((columns & 0xF, columns >> 4), 1).reshape(-1)
     return nibbles[0::2] | (nibbles[1::2] << 4)
-
-
-def quantize_activation_function(given: Mapping) -> tuple[str, str]:
-    """Name and ONNX text of the body of quantize_activation for these inputs: x (..., K) float32."""
-    name, lines, h = transform_lines(given, "QuantizeActivation")
-    lines += [
-        f"magnitude = Abs ({h})",
-        "last = Constant <value_ints = [-1]> ()",
-        "peak = ReduceMax <keepdims = 1> (magnitude, last)",
-        "tiny = Constant <value_float = 1e-30> ()",
-        "bounded = Max (peak, tiny)",
-        "steps = Constant <value_float = 127.0> ()",
-        "x_scale = Div (bounded, steps)",
-        f"exact = Div ({h}, x_scale)",
-        "rounded = Round (exact)",
-        "lowest = Constant <value_float = -127.0> ()",
-        "clipped = Clip (rounded, lowest, steps)",
-        "x_q = Cast <to = 3> (clipped)",
-    ]
-    return name, write_function(name, [], given, "x_q, x_scale", lines)
-
-
-def transform_lines(given: Mapping, name: str) -> tuple[str, list[str], str]:
-    """The scale and rotation in front of a quantization: the op's name with its suffixes, lines, the result's name."""
-    lines, h = [], "x"
-    if "input_scale" in given:
-        name, h = name + "Scaled", "scaled"
-        lines.append("scaled = Mul (x, input_scale)")
-    if "rotation" in given:
-        name += "Rotated"
-        lines += [
-            f"shape = Shape ({h})",
-            f"rows = Shape <start = 0, end = -1> ({h})",
-            "width = Shape <start = 0, end = 1> (rotation)",
-            "rest = Constant <value_ints = [-1]> ()",
-            "block_shape = Concat <axis = 0> (rows, rest, width)",
-            f"blocks = Reshape ({h}, block_shape)",
-            "turned = MatMul (blocks, rotation)",
-            "rotated = Reshape (turned, shape)",
-        ]
-        h = "rotated"
-    return name, lines, h
-
-
-def four_bit_lines(code: str) -> list[str]:
-    """From the float32 value of an 8-bit code to ``narrow``, the value of the 4-bit code in the same units."""
-    return [
-        "ratio = Constant <value_float: float = @act_ratio> ()",
-        f"stretched = Mul ({code}, ratio)",
-        "nearest = Round (stretched)",
-        "lowest = Constant <value_float = -8.0> ()",
-        "highest = Constant <value_float = 7.0> ()",
-        "clipped = Clip (nearest, lowest, highest)",
-        "narrow = Div (clipped, ratio)",
-    ]
-
-
-def twin_linear_function(given: Mapping, four_bit: bool) -> tuple[str, str]:
-    """Name and ONNX text of the body of twin_linear: x (..., K), int8 with x_scale or float32 without."""
-    integer, low_rank = "x_scale" in given, "down" in given
-    name, attributes = "TwinLinear", ["group_size"]
-    wide = operand = "wide" if integer else "x"
-    lines = ["wide = Cast <to = 1> (x)"] if integer else []
-    if not integer:
-        name += "A16"
-    if four_bit:
-        name, operand = name + "A4", "narrow"
-        lines += four_bit_lines("wide")
-    weight = "DequantizeLinear <axis = 0, block_size: int = @group_size>"
-    lines += [f"residual_weight = {weight} (residual, residual_scale)", f"y0 = MatMul ({operand}, residual_weight)"]
-    terms = ["y0"]
-
-    def then(line: str) -> None:
-        terms.append(f"y{len(terms)}")
-        lines.append(f"{terms[-1]} = {line}")
-
-    if integer:
-        then("Mul (y0, x_scale)")
-    if low_rank:
-        attributes.append("up_group_size")
-        lines += [f"down_weight = {weight} (down, down_scale)", f"t = MatMul ({wide}, down_weight)"]
-        lines += ["scaled_t = Mul (t, x_scale)"] if integer else []
-        lines += [
-            "up_weight = DequantizeLinear <axis = 0, block_size: int = @up_group_size> (up, up_scale)",
-            f"low_rank = MatMul ({'scaled_t' if integer else 't'}, up_weight)",
-        ]
-        then(f"Add ({terms[-1]}, low_rank)")
-    else:
-        name += "Single"
-    if "bias" in given:
-        name += "Bias"
-        then(f"Add ({terms[-1]}, bias)")
-    attributes += ["act_ratio"] if four_bit else []
-    return name, write_function(name, attributes, given, terms[-1], lines)
-
-
-def int8_linear_function(given: Mapping) -> tuple[str, str]:
-    """Name and ONNX text of the body of int8_linear: x (..., K) float32, weight INT8 (K, N)."""
-    name, last = "Int8Linear", "y0"
-    lines = [
-        "dense = DequantizeLinear <axis = 0, block_size: int = @group_size> (weight, weight_scale)",
-        "y0 = MatMul (x, dense)",
-    ]
-    if "bias" in given:
-        name, last = "Int8LinearBias", "y1"
-        lines.append("y1 = Add (y0, bias)")
-    return name, write_function(name, ["group_size"], given, last, lines)
-
-
-def write_function(name: str, attributes: list[str], inputs: Mapping, outputs: str, lines: list[str]) -> str:
-    declared = f" <{', '.join(attributes)}>" if attributes else ""
-    body = "\n".join(f"  {line}" for line in lines)
-    return f"{name}{declared} ({', '.join(inputs)}) => ({outputs}) {{\n{body}\n}}"

@@ -7,7 +7,7 @@ then tips a value to the next step. :mod:`tqcompile.exporters.verify` says why t
 import importlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 
 from tqcompile import ops
 from tqcompile.errors import ExportError
-from tqcompile.modules import TwinLinear
+from tqcompile.modules import LatticeLinear, TwinLinear
 from tqcompile.ops.quantize_activation import transform_activation
 
 TIPPED = 5e-3
@@ -24,25 +24,29 @@ KEPT_BYTES = 1 << 30
 
 @contextmanager
 def dense_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, twin_linear on the CPU unpacks every weight once and keeps it, if all take at most ``KEPT_BYTES``.
+    """Inside, the ops on the CPU unpack every weight once and keep it, if all take at most ``KEPT_BYTES``.
 
     Unpacking takes nearly all of the time of a decoding step of the eager model.
     """
-    layers = [module for module in model.modules() if isinstance(module, TwinLinear)]
+    layers = [module for module in model.modules() if isinstance(module, TwinLinear | LatticeLinear)]
     if sum(4 * layer.in_features * layer.out_features for layer in layers) > KEPT_BYTES:
         yield
         return
     kept: dict[tuple[int, int], torch.Tensor] = {}
-    module = importlib.import_module("tqcompile.ops.twin_linear")
-    original = module.dequantize_int4
 
-    def dequantize(packed, scale):
-        key = packed.data_ptr(), scale.data_ptr()  # buffers of the model, which lives on
-        if key not in kept:
-            kept[key] = original(packed, scale)
-        return kept[key]
+    def keeping(original):
+        def dequantize(packed, scale, *rest):
+            key = packed.data_ptr(), scale.data_ptr()  # buffers of the model, which lives on
+            if key not in kept:
+                kept[key] = original(packed, scale, *rest)
+            return kept[key]
 
-    with mock.patch.object(module, "dequantize_int4", dequantize):
+        return dequantize
+
+    with ExitStack() as patches:
+        for op, name in (("twin_linear", "dequantize_int4"), ("lattice_linear", "dequantize_codes")):
+            module = importlib.import_module(f"tqcompile.ops.{op}")
+            patches.enter_context(mock.patch.object(module, name, keeping(getattr(module, name))))
         yield
 
 

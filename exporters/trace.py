@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tqcompile.errors import ExportError
-from tqcompile.exporters.portable import DOMAIN, INT8_INPUTS, QUANTIZE_INPUTS, TWIN_INPUTS
+from tqcompile.exporters.portable import DOMAIN, INT8_INPUTS, LATTICE_INPUTS, QUANTIZE_INPUTS, TWIN_INPUTS
 from tqcompile.exporters.verify import is_causal_lm, usual_inputs
 
 TRACE_BATCH, TRACE_PAST, TRACE_NEW = 2, 9, 3  # 0 and 1 would be specialised into the program
@@ -149,6 +149,7 @@ def _schemas() -> Iterator[dict]:
         "QuantizeActivation": (QUANTIZE_INPUTS, ("x_q", "x_scale"), []),
         "Int8Linear": (INT8_INPUTS, ("y",), []),
         "TwinLinear": (TWIN_INPUTS, ("y",), [kinds.Attribute("act_ratio", kinds.AttrType.FLOAT, required=False)]),
+        "LatticeLinear": (LATTICE_INPUTS, ("y",), [kinds.Attribute("bits", kinds.AttrType.INT, required=False)]),
     }
     for name, (inputs, outputs, attributes) in specification.items():
         optional = kinds.FormalParameterOption.Optional
@@ -170,12 +171,16 @@ def _schemas() -> Iterator[dict]:
     def int8_linear(x, weight, weight_scale, bias):
         return ours.Int8Linear(x, weight, weight_scale, bias)
 
+    def lattice_linear(x, codes, scale, zero, offset, bias, bits):
+        return ours.LatticeLinear(x, codes, scale, zero, offset, bias, bits=bits)
+
     registered = torch.ops.tqcompile
     try:
         yield {
             registered.quantize_activation.default: quantize_activation,
             registered.twin_linear.default: twin_linear,
             registered.int8_linear.default: int8_linear,
+            registered.lattice_linear.default: lattice_linear,
         }
     finally:
         for name in specification:

@@ -49,6 +49,30 @@ class _TwinLinear(OpRun):
         return (y,)
 
 
+class _LatticeLinear(OpRun):
+    op_domain = DOMAIN
+
+    def _run(self, x, codes, scale, *rest):
+        name, rest = type(self).__name__, list(rest)
+        bits, k = (2, 4 * len(codes)) if "W2" in name else (3, 8 * len(codes) // 3)
+        columns = np.arange(k)
+        code = codes[columns // 4] >> (2 * (columns % 4))[:, None].astype(np.uint8) & 3
+        if bits == 3:
+            code = code + 4 * (codes[k // 4 + columns // 8] >> (columns % 8)[:, None].astype(np.uint8) & 1)
+        group = columns * len(scale) // k
+        weight = code.astype(np.float32)
+        if "Zero" in name:
+            weight = weight - rest.pop(0)[group].astype(np.float32) / np.float32(32)
+        if "Offset" in name:
+            offset = rest.pop(0)
+            weight = weight + offset[columns % len(offset), None]
+        y = x @ (weight * scale[group])
+        if name.endswith("Bias"):
+            y = y + rest.pop(0)
+        assert not rest
+        return (y,)
+
+
 class _Int8Linear(OpRun):
     op_domain = DOMAIN
 
@@ -62,6 +86,9 @@ def _classes() -> list[type[OpRun]]:
     found = [_named(_QuantizeActivation, *parts) for parts in itertools.product(("", "Scaled"), ("", "Rotated"))]
     suffixes = itertools.product(("", "A4", "A16"), ("", "Single"), ("", "Bias"))
     found += [_named(_TwinLinear, *parts) for parts in suffixes]
+    found += [
+        _named(_LatticeLinear, *parts) for parts in itertools.product(("W2", "W3"), ("Zero", "Offset"), ("", "Bias"))
+    ]
     return found + [_named(_Int8Linear, bias) for bias in ("", "Bias")]
 
 

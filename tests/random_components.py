@@ -3,7 +3,7 @@
 import torch
 
 from tqcompile.methods.components import LinearSpec, QuantizedLinear
-from tqcompile.ops.packing import pack_int4
+from tqcompile.ops.packing import pack_codes, pack_int4
 
 
 def packed(rows: int, columns: int, groups: int, generator: torch.Generator, dtype=torch.bfloat16):
@@ -52,5 +52,59 @@ def random_components(
         rotation_block=block,
         scaled=scaled,
         bias_dtype=str(bias).removeprefix("torch.") if bias is not None else None,
+    )
+    return QuantizedLinear(spec, tensors)
+
+
+def random_codes(
+    n: int = 24,
+    k: int = 96,
+    bits: int = 2,
+    rank: int = 0,
+    group_size: int = 32,
+    lattice: int = 0,
+    basis: bool = False,
+    signs: str = "",
+    output_signs: str = "",
+    scaled: bool = False,
+    bias: torch.dtype | None = torch.float32,
+    seed: int = 0,
+) -> QuantizedLinear:
+    """A linear with codes below four bits."""
+    g = torch.Generator().manual_seed(seed)
+    groups = k // group_size
+    tensors = {
+        "weight_codes": pack_codes(torch.randint(0, 1 << bits, (n, k), generator=g), bits),
+        "weight_scale": (torch.rand(n, groups, generator=g) * 0.1 + 0.01).bfloat16(),
+    }
+    if lattice:
+        tensors["weight_offset"] = torch.randn(lattice, generator=g)
+    else:
+        tensors["weight_zero"] = torch.randint(0, 32 << bits, (n, groups), generator=g, dtype=torch.uint8)
+    if basis:
+        tensors["transform.basis"] = torch.eye(lattice) + 0.2 * torch.randn(lattice, lattice, generator=g)
+    if scaled:
+        tensors["transform.input_scale"] = torch.rand(k, generator=g) + 0.5
+    if output_signs:
+        tensors["output_scale"] = (torch.rand(n, generator=g) + 0.5).bfloat16()
+    if rank:
+        tensors["down.weight_packed"], tensors["down.weight_scale"] = packed(rank, k, groups, g)
+        tensors["up.weight_packed"], tensors["up.weight_scale"] = packed(n, rank, 1, g)
+    if bias is not None:
+        tensors["bias"] = torch.randn(n, generator=g).to(bias)
+    spec = LinearSpec(
+        out_features=n,
+        in_features=k,
+        rank=rank,
+        group_size=group_size,
+        act_bits=16,
+        rotation_block=4 * len(signs),
+        rotation_signs=signs,
+        scaled=scaled,
+        bias_dtype=str(bias).removeprefix("torch.") if bias is not None else None,
+        weight_bits=bits,
+        lattice=lattice,
+        basis=basis,
+        output_signs=output_signs,
     )
     return QuantizedLinear(spec, tensors)

@@ -10,7 +10,7 @@ from tiny_models import assert_unchanged, logits, snapshot, tiny, tokens
 import tqcompile
 from tqcompile import ops
 from tqcompile.config import LOW_BIT_SCHEMES, Config, Scheme
-from tqcompile.errors import CheckpointError, ExportError
+from tqcompile.errors import CheckpointError
 from tqcompile.methods.low_bit import solve_site
 from tqcompile.methods.twin import SiteProblem
 from tqcompile.modules import LatticeLinear
@@ -223,12 +223,3 @@ def test_attached_components_run_in_the_backend(scheme):
     assert set(reports[-1].quantized.values()) == {"attached"}
     assert torch.isfinite(found).all()
     torch._dynamo.reset()
-
-
-def test_onnx_export_refuses_the_layer_by_name(tmp_path):
-    pytest.importorskip("onnxscript")
-    model = tiny("Llama")
-    tqcompile.compile(model, scheme="unisvq-w2a16", **SETTINGS)
-    with pytest.raises(ExportError, match=r"model\.layers\.0\.self_attn\.q_proj"):
-        tqcompile.export_onnx(model, tmp_path / "m.onnx")
-    assert not list(tmp_path.iterdir())

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from random_components import random_components
+from random_components import random_codes, random_components
 from tiny_models import SETTINGS, tiny, tokens
 from torch import nn
 
 import tqcompile
-from tqcompile.modules import Int8Linear, TwinLinear
+from tqcompile.modules import Int8Linear, LatticeLinear, TwinLinear
 from tqcompile.output_head import round_head
 
 onnx = pytest.importorskip("onnx")
@@ -40,6 +40,13 @@ class Layers(nn.Module):
         forms += [{"act_bits": 8, "block": block, "scaled": scaled} for block in (0, 48) for scaled in (True, False)]
         layers = [random_components(k=96, **form) for form in forms]
         self.layers = nn.ModuleList(TwinLinear.from_quantized(layer) for layer in layers)
+        codes = [
+            {"bits": bits, "lattice": lattice, "bias": bias, "n": 5 + bits + lattice, "seed": bits, "signs": "5a5af00f"}
+            for bits in (2, 3)
+            for lattice in (0, 4)
+            for bias in (torch.float32, None)
+        ]
+        self.layers.extend(LatticeLinear.from_quantized(random_codes(**form)) for form in codes)
         for bias in (True, False):
             torch.manual_seed(int(bias))
             self.layers.append(round_head(nn.Linear(96, 7, bias=bias), 8, 32, None))
