@@ -12,14 +12,13 @@ written out once, by a second kernel, and cuBLAS multiplies (:data:`DENSE_TOKENS
 """
 
 import contextlib
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from tqcompile.kernels.split_counters import split_counters
-from tqcompile.kernels.twin_linear import FLOATS, INTERPRET, device_reason, round_to
+from tqcompile.kernels.twin_linear import FLOATS, INTERPRET, Tile, device_reason, round_to
 from tqcompile.ops.lattice_linear import ZERO_STEPS
 
 PLAIN_TOKENS = 16  # up to this many x is read as it is
@@ -182,17 +181,6 @@ def _dequantize(
     values = tl.join(even, odd).reshape(BN, BK)
     at = w + (n0 + n[:, None]) * K + step * BK + tl.arange(0, BK)[None, :]
     tl.store(at, round_to(values, w.dtype.element_ty, INTERPRET), mask=(n < N - n0)[:, None])
-
-
-class Tile(NamedTuple):
-    """BN x BM output tile, K steps of ``step`` (split over ``splits`` programs)."""
-
-    bn: int
-    bm: int
-    step: int
-    splits: int
-    warps: int
-    stages: int
 
 
 def choose_tile(t: int, n: int, k: int, group: int, wide: bool, sms: int = 132) -> Tile:

@@ -160,7 +160,7 @@ def _quantize(
     tune = recipe.tune * config.tune > 0
     units = [Unit("model", list(plan.sites), None)]
     if batches:
-        units = split_into_units(model, plan.sites, batches, targets=tune or recipe.correct)
+        units = split_into_units(model, plan.sites, batches, targets=tune or recipe.correct, means=recipe.correct)
     if not batches:
         report.notes.append("no calibration data: identity Hessian, no scales, errors not measured")
     elif len(batches) == 1:

@@ -40,8 +40,8 @@ class Unit:
 
     run: pushes every calibration batch through the code that holds them. calls: for a block, what it is called with
     (outputs of the quantized blocks before it) and what the full-precision model has behind it, one a batch; empty
-    where this was not asked for or the unit is no block. means: of a block with calls, norm -> mean (K,) of its output
-    in the full-precision model, for the norms that absorb for a site other than the block's first.
+    where this was not asked for or the unit is no block. means: likewise, norm -> mean (K,) of its output in the
+    full-precision model, for the norms that absorb for a site other than the block's first.
     """
 
     name: str
@@ -110,11 +110,12 @@ def collect_statistics(
 
 
 def split_into_units(
-    model: nn.Module, sites: tuple[Site, ...], batches: list[Batch], targets: bool = False
+    model: nn.Module, sites: tuple[Site, ...], batches: list[Batch], targets: bool = False, means: bool = False
 ) -> Iterator[Unit]:
     """Yield the units of a model in forward order; the caller quantizes each before asking for the next.
 
     targets: give blocks their ``calls``, which costs another pass over the data and a second set of hidden states.
+    means: with these, give them their ``means``.
 
     The sites of a stack of blocks (the ``nn.ModuleList`` that holds most sites) come block by block; everything
     else comes last, in one unit over the whole model.
@@ -127,14 +128,14 @@ def split_into_units(
             name = f"{prefix}.{index}"
             inside = [site for site in sites if site.linears[0].startswith(name + ".")]
             rest = [site for site in rest if site not in inside]
-            calls, means = [], {}
+            calls, found = [], {}
             if targets:
-                norms = [site.absorber.module for site in inside[1:] if site.absorber and site.absorber.kind == "norm"]
-                inner = [norm for norm in norms if norm.startswith(f"{name}.")]
-                with mean_outputs(model, inner, driver.masks) as means:
+                absorbers = [site.absorber for site in inside[1:] if means and site.absorber]
+                norms = [a.module for a in absorbers if a.kind == "norm" and a.module.startswith(f"{name}.")]
+                with mean_outputs(model, norms, driver.masks) as found:
                     calls = driver.calls(index)
             if inside:
-                yield Unit(name, inside, lambda start, index=index: driver.run(index, start), calls, means)
+                yield Unit(name, inside, lambda start, index=index: driver.run(index, start), calls, found)
             if index < count - 1:
                 driver.advance(index)
     if rest:

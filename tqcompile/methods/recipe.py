@@ -53,37 +53,16 @@ RECIPES = {
     ),
 }
 
+# What d2 and unisvq share.
+_LOW_BIT = Recipe(smooth=True, rotate=True, low_rank_bits=0, gptq=True, clip=True, balance=True, tune=4, passes=4)
 LOW_BIT_RECIPES = {
     "rtn": RECIPES["rtn"],
     "gptq": RECIPES["gptq"],
     "quarot": RECIPES["quarot"],
     # D2Quant (arXiv 2602.02546); the choice of rotations and scales and the coordinate passes are ours.
-    "d2": Recipe(
-        smooth=True,
-        rotate=True,
-        low_rank_bits=0,
-        gptq=True,
-        clip=True,
-        balance=True,
-        tune=4,
-        choose=True,
-        dual=True,
-        correct=True,
-        passes=4,
-    ),
+    "d2": dataclasses.replace(_LOW_BIT, choose=True, dual=True, correct=True),
     # UniSVQ (arXiv 2606.10520); it also mixes outputs, which made our errors larger (docs/unisvq.md).
-    "unisvq": Recipe(
-        smooth=True,
-        rotate=True,
-        low_rank_bits=0,
-        gptq=True,
-        clip=True,
-        balance=True,
-        tune=4,
-        lattice=True,
-        learn_lattice=True,
-        passes=4,
-    ),
+    "unisvq": dataclasses.replace(_LOW_BIT, lattice=True, learn_lattice=True),
 }
 # A twin low rank over D2Quant's residual.
 LOW_BIT_RECIPES["twin"] = dataclasses.replace(LOW_BIT_RECIPES["d2"], low_rank_bits=4)
