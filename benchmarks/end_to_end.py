@@ -480,7 +480,7 @@ def run_side(name: str, side: str, cases: list[Case], options, record, turn) -> 
 
 
 def worker(name: str, side: str, cases: list[Case], options, queue, barrier, lock) -> None:
-    """A process for one side: compiling takes minutes of one core each, so the sides compile side by side."""
+    """A process for one side: compiling takes minutes of one core each, so the processes compile side by side."""
     leave_own_folder()
 
     @contextlib.contextmanager
@@ -502,11 +502,13 @@ def worker(name: str, side: str, cases: list[Case], options, queue, barrier, loc
 
 def run_sides_together(name: str, cases: list[Case], options, record) -> None:
     context = multiprocessing.get_context("spawn")
-    queue, barrier, lock = context.Queue(), context.Barrier(len(options.sides)), context.Lock()
+    parts = [[c for c in cases if c.decode], [c for c in cases if not c.decode]] if options.jobs >= 4 else [cases]
+    jobs = [(side, part) for side in options.sides for part in parts if part]
+    queue, barrier, lock = context.Queue(), context.Barrier(len(jobs)), context.Lock()
     workers = {}
-    for side in options.sides:
-        workers[side] = context.Process(target=worker, args=(name, side, cases, options, queue, barrier, lock))
-        workers[side].start()
+    for number, (side, part) in enumerate(jobs):
+        workers[number] = context.Process(target=worker, args=(name, side, part, options, queue, barrier, lock))
+        workers[number].start()
     failures, open_sides = [], len(workers)
     while open_sides:
         try:
@@ -514,7 +516,7 @@ def run_sides_together(name: str, cases: list[Case], options, record) -> None:
         except Empty:
             if any(process.exitcode not in (None, 0) for process in workers.values()):
                 barrier.abort()  # killed, so that it could not say why
-                sys.exit(f"{name}: a process was killed: { {s: p.exitcode for s, p in workers.items()} }")
+                sys.exit(f"{name}: a process was killed; exit codes {[process.exitcode for process in workers.values()]}")
             continue
         if kind == "row":
             record(value)
@@ -582,7 +584,9 @@ def parse(arguments: list[str] | None):
     parser.add_argument("--replays", type=int, default=0, help="timed runs; default 50 of decode and 20 of prefill")
     parser.add_argument("--no-gate", action="store_true", help="to look for a fault; the table then says unchecked")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--jobs", type=int, default=2, help="1: one side after the other, in this process")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="1: one side after the other, in this process; 4: decode and prefill apart"
+    )
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit(
