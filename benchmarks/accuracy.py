@@ -42,6 +42,7 @@ ABLATIONS = {
     "V and G fixed": {"constants": {"learn.LR_FRAME": 0.0, "learn.LR_FACTOR": 0.0}},
     "no low rank": {"recipe": {"low_rank_bits": 0}},
     "no GPTQ": {"recipe": {"gptq": False}},
+    "residual stream rotated": {"settings": {"rotate_stream": True}},
     "low rank reads 4-bit input": {"call": "coarse_low_rank"},
     "tokens not balanced": {"recipe": {"balance": False}},
     "free group scales": {"recipe": {"grid": False}},

@@ -516,7 +516,9 @@ def run_sides_together(name: str, cases: list[Case], options, record) -> None:
         except Empty:
             if any(process.exitcode not in (None, 0) for process in workers.values()):
                 barrier.abort()  # killed, so that it could not say why
-                sys.exit(f"{name}: a process was killed; exit codes {[process.exitcode for process in workers.values()]}")
+                sys.exit(
+                    f"{name}: a process was killed; exit codes {[process.exitcode for process in workers.values()]}"
+                )
             continue
         if kind == "row":
             record(value)

@@ -474,6 +474,35 @@ def test_the_rotation_of_heads_moves_into_the_value_projection(name, scheme):
     assert "; 50.00% FLOPs on-line" in down.transform
 
 
+@pytest.mark.parametrize(("tied", "lm_head"), [(False, "keep"), (True, "keep"), (True, "w8a16")])
+def test_a_rotated_residual_stream_leaves_no_rotation_to_the_linears_that_read_it(tmp_path, tied, lm_head):
+    model = tiny("Qwen3", tie_word_embeddings=tied)
+    embedding, expected = model.get_input_embeddings().weight.detach().clone(), logits(model)
+    quantize(model, scheme="twin-w4a16", rotate_stream=True, lm_head=lm_head, steps=10)
+    report = tqcompile.report(model)
+    assert any("residual stream was rotated" in note for note in report.notes)
+    assert any("tied" in note for note in report.notes) == tied
+    for record in report.layers:
+        if record.name.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")):
+            assert "hadamard of the residual stream" in record.transform
+            assert "on-line" not in record.transform
+            assert model.get_submodule(record.name).transform.rotation is None
+    assert relative(model.get_input_embeddings().weight, embedding) > 0.5
+    # Rounding, and no more: without it the function would be unchanged (tests/test_rotate_residual_stream.py).
+    plain = quantize(tiny("Qwen3", tie_word_embeddings=tied), scheme="twin-w4a16", lm_head=lm_head, steps=10)
+    assert relative(logits(model), expected) < 1.5 * relative(logits(plain), expected)
+    tqcompile.save(model, tmp_path / "model")
+    assert torch.equal(logits(tqcompile.load(tmp_path / "model")), logits(model))
+
+
+def test_a_residual_stream_that_cannot_be_rotated_is_reported():
+    model = tiny("Bert")
+    quantize(model, rotate_stream=True)
+    notes = [note for note in tqcompile.report(model).notes if "not rotated" in note]
+    assert len(notes) == 1
+    assert notes[0].partition(": ")[2]
+
+
 def test_heads_that_a_rotation_would_mix_too_little_keep_the_on_line_one():
     model = tiny("Llama", num_attention_heads=8, num_key_value_heads=8, head_dim=16)
     quantize(model)

@@ -57,6 +57,7 @@ def test_unknown_scheme_lists_the_known_ones(name):
         ({"seq_len": 1}, "seq_len at least 2"),
         ({"seed": 0.5}, "seed must be an integer, got 0.5"),
         ({"ignore": "lm_head"}, "ignore must be a list of names"),
+        ({"rotate_stream": 1}, "rotate_stream must be True or False"),
         ({"ignore": 3}, "ignore must be a list of names"),
         ({"ignore": None}, "ignore must be a list of names"),
         ({"ignore": [""]}, "non-empty strings, got ''"),

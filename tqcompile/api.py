@@ -19,13 +19,16 @@ from tqcompile.config import Config, Scheme
 from tqcompile.data import Batch, load_calibration
 from tqcompile.errors import ConfigError, ModelError
 from tqcompile.methods.components import QuantizedLinear
+from tqcompile.methods.hadamard import random_hadamard
 from tqcompile.methods.recipe import recipe_of
 from tqcompile.modules import QUANTIZED
 from tqcompile.output_head import leave_head, quantize_head
 from tqcompile.passes.analyze import analyze
 from tqcompile.passes.correct_norm_mean import shifted_norms
+from tqcompile.passes.plan import Plan
 from tqcompile.passes.replace_conv1d import replace_conv1d, restore_conv1d
 from tqcompile.passes.replace_linear import Journal
+from tqcompile.passes.rotate_residual_stream import rotate_residual_stream, rotated_norms
 from tqcompile.progress import Progress
 from tqcompile.quantize_unit import Job, correct_unit, norm_gains, quantize_unit, tune_unit
 from tqcompile.reporting import Report
@@ -92,8 +95,10 @@ def attach_recipe(
     Arguments and errors are those of :func:`compile`. Returns the report.
     """
     config = _resolve(config, scheme, overrides)
-    if config.lm_head != "keep":
-        raise ConfigError(f"attach_recipe leaves the model as it is, so lm_head={config.lm_head!r} has no place in it")
+    for name, kept in (("lm_head", "keep"), ("rotate_stream", False)):
+        if getattr(config, name) != kept:
+            value = getattr(config, name)
+            raise ConfigError(f"attach_recipe leaves the model as it is, so {name}={value!r} has no place in it")
     with _frozen_while_working(model) as journal:
         quantized, report = _quantize(model, calib_data, tokenizer, config, journal, progress, absorb=False)
         journal.restore()
@@ -157,6 +162,7 @@ def _quantize(
         raise ModelError(f"no layer of {type(model).__name__} can be quantized ({reasons}).")
     report = Report(config.to_dict(), skipped=dict(plan.skipped), notes=list(plan.notes))
     recipe = recipe_of(Scheme.parse(config.scheme))
+    rotated = _rotate_stream(model, plan, config, journal, report) if config.rotate_stream else frozenset()
     tune = recipe.tune * config.tune > 0
     units = [Unit("model", list(plan.sites), None)]
     if batches:
@@ -167,7 +173,7 @@ def _quantize(
         report.notes.append("a single calibration batch: errors are measured on the rows used for calibration")
     quantized: dict[str, QuantizedLinear] = {}
     with Progress(progress, f"tqcompile {config.scheme}", len(plan.sites)) as bar:
-        job = Job(model, config, journal, report, bar, absorb)
+        job = Job(model, config, journal, report, bar, absorb, rotated=rotated)
         for unit in units:
             device = config.device or device_of(model)
             statistics = collect_statistics(model, unit, batches, device, recipe.balance) if batches else {}
@@ -184,6 +190,20 @@ def _quantize(
     if config.lm_head != "keep":
         quantize_head(model, config, batches, journal, report)
     return quantized, report
+
+
+def _rotate_stream(model: nn.Module, plan: Plan, config: Config, journal: Journal, report: Report) -> frozenset[str]:
+    """Rotate the residual stream by a signed Hadamard matrix; the names of the linears that read it."""
+    if plan.stream is None:
+        report.notes.append(f"the residual stream was not rotated: {plan.stream_reason}")
+        return frozenset()
+    rotation = random_hadamard(plan.stream.channels, torch.Generator().manual_seed(config.seed))
+    # A head that is quantized anyway gets a weight of its own.
+    tied_head = "insert" if config.lm_head == "keep" else "untie"
+    size = rotation.shape[-1]
+    report.notes.append(f"the residual stream was rotated by a random Hadamard matrix in blocks of {size} channels")
+    report.notes += rotate_residual_stream(model, plan.stream, rotation, journal, tied_head)
+    return frozenset(plan.stream.consumers)
 
 
 def _correction_note(model: nn.Module, job: Job, report: Report) -> str:
@@ -220,6 +240,6 @@ def _mark(model: nn.Module, config: Config, report: Report) -> None:
     """Leave on the model what saving, reporting and ``save_pretrained`` need."""
     model.tqcompile_report = report
     specs = {name: m.spec.to_dict() for name, m in model.named_modules() if isinstance(m, QUANTIZED)}
-    model.tqcompile_quantization = quantization_config(config, specs, shifted_norms=shifted_norms(model))
+    model.tqcompile_quantization = quantization_config(config, specs, rotated_norms(model), shifted_norms(model))
     if hasattr(model, "config") and hasattr(model.config, "to_dict"):
         model.config.quantization_config = model.tqcompile_quantization

@@ -60,6 +60,9 @@ def quantize(
     seq_len: Annotated[int, typer.Option(help="Tokens of a sequence.")] = _DEFAULT.seq_len,
     seed: Annotated[int, typer.Option(help="Seeds every random choice.")] = _DEFAULT.seed,
     lm_head: Annotated[str, typer.Option(help="The output head: keep, w8a16 or w4a16.")] = _DEFAULT.lm_head,
+    rotate_stream: Annotated[
+        bool, typer.Option(help="Fold a rotation of the residual stream into the weights.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="Where to work, e.g. cuda; the CPU by default.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
     overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint that exists.")] = False,
@@ -68,7 +71,7 @@ def quantize(
 ) -> None:
     """Quantize a model in memory and save it with its report and tokenizer."""
     settings = {"rank": rank, "group_size": group_size, "steps": steps, "tune": tune, "samples": samples}
-    settings |= {"seq_len": seq_len, "seed": seed, "lm_head": lm_head, "device": device}
+    settings |= {"seq_len": seq_len, "seed": seed, "lm_head": lm_head, "rotate_stream": rotate_stream, "device": device}
     config = Config(scheme=scheme, ignore=(*_DEFAULT.ignore, *(ignore or ())), **settings)
     from tqcompile.commands.quantize import run
 

@@ -54,6 +54,8 @@ class Config:
     tune: steps of block tuning after a block is quantized (twin; four times as many in d2 and unisvq). 0 leaves it out.
     samples: at most this many calibration sequences are used. seq_len: length of the windows that texts are cut to.
     seed: seeds every random choice (signs of the Hadamard rotation, sketches of large SVDs).
+    rotate_stream: turn the residual stream by a random Hadamard matrix folded into the weights, where the graph proves
+        that this changes nothing. Linears that read the stream then need no rotation of their own at run time.
     lm_head: what becomes of the output head: "keep" leaves it as it is, "w8a16" and "w4a16" round its weights to 8 or 4
         bits in groups of ``group_size``, activations stay as they are. A head that shares its weight with the
         embeddings gets a rounded copy of its own.
@@ -69,6 +71,7 @@ class Config:
     samples: int = 128
     seq_len: int = 512
     seed: int = 0
+    rotate_stream: bool = False
     lm_head: str = "keep"
     device: str | None = None
 
@@ -84,6 +87,8 @@ class Config:
             raise ConfigError(f"group_size must be a positive multiple of 32, got {self.group_size}")
         if self.steps < 0 or self.tune < 0:
             raise ConfigError(f"steps and tune must not be negative, got {self.steps}, {self.tune}")
+        if not isinstance(self.rotate_stream, bool):
+            raise ConfigError(f"rotate_stream must be True or False, got {self.rotate_stream!r}")
         if self.lm_head not in HEADS:
             raise ConfigError(f"lm_head must be one of {', '.join(HEADS)}, got {self.lm_head!r}")
         if self.samples < 1 or self.seq_len < 2:

@@ -39,7 +39,7 @@ MIN_HEAD = 32
 @dataclasses.dataclass
 class Job:
     """What every unit of one run shares. absorb: whether transforms may move into neighbours. corrected: names of the
-    parameters that took a mean correction."""
+    parameters that took a mean correction. rotated: names of linears that read a rotated residual stream."""
 
     model: nn.Module
     config: Config
@@ -48,6 +48,7 @@ class Job:
     bar: Progress
     absorb: bool
     corrected: list[str] = dataclasses.field(default_factory=list)
+    rotated: frozenset[str] = frozenset()
 
 
 def quantize_unit(job: Job, unit: Unit, statistics: dict[Site, SiteStatistics]) -> dict[str, QuantizedLinear]:
@@ -116,7 +117,8 @@ def _solve_site(
     head_dim = absorber.head_dim if absorber and _rotates_heads(absorber) else 0
     scheme = Scheme.parse(job.config.scheme)
     dual = absorber is not None and absorber.kind == "linear"
-    problem = SiteProblem(weights, biases, statistics, scheme, job.config, tie, site.name, head_dim, dual)
+    rotated = job.rotated.issuperset(site.linears)
+    problem = SiteProblem(weights, biases, statistics, scheme, job.config, tie, site.name, head_dim, dual, rotated)
     for index, name in enumerate(site.linears):
         if name in row_changes:
             row_changes[name].apply(problem, index)
@@ -254,6 +256,8 @@ def _describe(work: _Solved) -> str:
         kind = "hadamard" if transform.rotation_signs else "learned rotation "
         where = f"in {work.rotation_absorber.module}" if work.rotation_absorber else "on-line"
         parts.append(f"{kind}{block} {where}")
+    if work.problem.rotated:
+        parts.append("hadamard of the residual stream")
     if transform.scale is not None:
         absorber = work.scale_absorber
         where = f"in {absorber.module}" if absorber else f"on-line ({site.reason or 'no absorber'})"

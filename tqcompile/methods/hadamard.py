@@ -34,6 +34,13 @@ def signed_hadamard(signs: str) -> torch.Tensor:
     return ((2.0 * bits - 1.0)[:, None] * hadamard_matrix(len(bits))).to(torch.bfloat16)
 
 
+def random_hadamard(channels: int, generator: torch.Generator) -> torch.Tensor:
+    """Hadamard blocks with random signs in front, as large as divides ``channels``: (channels / b, b, b) float64."""
+    size = channels & -channels
+    signs = 1.0 - 2.0 * torch.randint(0, 2, (channels // size, size, 1), generator=generator)
+    return signs.double() * hadamard_matrix(size, torch.float64)
+
+
 def mixing_matrix(size: int, generator: torch.Generator) -> torch.Tensor:
     """An orthogonal (size, size) matrix that spreads energy evenly: Hadamard, or random if size is no power of 2."""
     if size & (size - 1) == 0:

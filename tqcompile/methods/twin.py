@@ -45,7 +45,7 @@ class SiteProblem:
     tie: (K,) long, channels with equal numbers must share one scale (an absorber demands it), or None.
     head_dim: the rotation mixes no channels of different heads of this many channels (an absorber demands it, and
         nothing of the rotation stays on-line), or 0. name: named in errors. dual: a linear absorbs the site's scale
-        (D2Quant's column scale is for these).
+        (D2Quant's column scale is for these). rotated: what it reads is rotated already, nothing is left to do on-line.
     """
 
     weights: list[torch.Tensor]
@@ -57,10 +57,12 @@ class SiteProblem:
     name: str = "linear"
     head_dim: int = 0
     dual: bool = False
+    rotated: bool = False
 
     @property
     def recipe(self) -> Recipe:
-        return recipe_of(self.scheme)
+        recipe = recipe_of(self.scheme)
+        return dataclasses.replace(recipe, rotate=False) if self.rotated else recipe
 
     def stacked(self) -> torch.Tensor:
         """(sum N_i, K) float32."""
