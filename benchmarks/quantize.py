@@ -34,8 +34,8 @@ def build() -> LlamaForCausalLM:
         return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
-def measure(scheme: str, samples: int, seq_len: int, rank: int) -> dict:
-    """Quantize a fresh model; seconds and GB are per block, generation is checked to run."""
+def measure(scheme: str, samples: int, seq_len: int, rank: int, compiled: bool = False) -> dict:
+    """Quantize a fresh model; seconds are per block, generation is checked to run."""
     model = build()
     ids = torch.randint(0, 32000, (samples, seq_len), generator=torch.Generator().manual_seed(1))
     torch.cuda.synchronize()
@@ -50,7 +50,7 @@ def measure(scheme: str, samples: int, seq_len: int, rank: int) -> dict:
     report = tqcompile.report(model)
     return {
         "scheme": scheme,
-        "ops_compiled": _generate_compiled(model, ids[:1, :16].cuda()) if scheme == "twin-w4a8" else {},
+        "ops_compiled": _generate_compiled(model, ids[:1, :16].cuda()) if compiled else {},
         "seconds_per_block": seconds / BLOCKS,
         "seconds_in_methods_per_block": sum(layer.seconds for layer in report.layers) / BLOCKS,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
@@ -76,21 +76,25 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--schemes", default=",".join(SCHEMES))
+    parser.add_argument("--generate", action="store_true", help="also generate through torch.compile (minutes)")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("needs an NVIDIA GPU; torch.cuda.is_available() is False")
     measure("rtn-w4a8", 2, 64, args.rank)  # compiles the kernels, loads the libraries
-    rows = [measure(scheme, args.samples, args.seq_len, args.rank) for scheme in args.schemes.split(",")]
-    for row in rows:
-        print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()))
-    if args.json:
-        settings = {
-            "gpu": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "tokens": args.samples * args.seq_len,
-            "rank": args.rank,
-        }
-        args.json.write_text(json.dumps({**settings, "rows": rows}, indent=1) + "\n")
+    settings = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "tokens": args.samples * args.seq_len,
+        "rank": args.rank,
+    }
+    rows = []
+    for scheme in args.schemes.split(","):
+        row = measure(scheme, args.samples, args.seq_len, args.rank, args.generate)
+        rows.append(row)
+        cells = (f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items())
+        print("  ".join(cells), flush=True)
+        if args.json:
+            args.json.write_text(json.dumps({**settings, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
