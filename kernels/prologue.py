@@ -28,7 +28,8 @@ from tqcompile.kernels.twin_linear import (
 
 MAX_K = 32768
 _ROW_PROGRAMS = 128  # programs that fill the GPU; more would only repeat more work
-_MOST_ROWS = 16  # tokens up to which the repeated work costs less than a second launch
+_MOST_ROWS = 16  # tokens up to which the repeated work costs less than a second launch,
+_MOST_REPEATED = 16 * 8192  # if their values are no more than this
 
 
 @triton.jit
@@ -241,7 +242,7 @@ def choose_plan(t: int, k: int, rank: int, group: int, block: int) -> Plan:
     columns = block or min(128, group & -group)
     rows = max(16, triton.next_power_of_2(-(-k // columns)))  # 16 rows are the smallest matrix of a dot
     warps = 4 if rows * columns <= 2048 else 8 if rows * columns <= 8192 else 16
-    if rank == 0 or (t > _MOST_ROWS and group % 64 == 0):
+    if rank == 0 or ((t > _MOST_ROWS or t * k > _MOST_REPEATED) and group % 64 == 0):
         return Plan(1, 0, 1, rows, columns, warps)
     padded = triton.next_power_of_2(rank)
     ranks = max(padded * t // _ROW_PROGRAMS, 1 if rows * columns > 8192 else 2)

@@ -67,7 +67,7 @@ def twin_gemv(
                 ws = ws + (_load_weights(w_at + (start + i * GC) * WORDS, w_live, start + i * GC + GC > G),)
                 ss = ss + (load_live(s_at + start + i * GC, group_s < left, start + i * GC + GC > G),)
         if PDL and start == 0:
-            x += grid_wait(N)
+            x += 4 * grid_wait(N)  # 0; as a multiple of 16 bytes it keeps what is known of x's alignment
         for i in gl.static_range(UNROLL):
             if start + i * GC < G:
                 live = group_x < G - start - i * GC

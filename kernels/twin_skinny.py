@@ -168,7 +168,7 @@ def twin_skinny(
                 sas = sas + (load_live(sa_at + group, own < left, start + i * KS + KS > G),)
                 sbs = sbs + (load_live(sb_at + group, own < left, start + i * KS + KS > G),)
         if PDL and start == 0:
-            x += grid_wait(N)
+            x += 4 * grid_wait(N)  # 0; as a multiple of 16 bytes it keeps what is known of x's alignment
         for i in gl.static_range(UNROLL):
             if start + i * KS < G:
                 live3 = own3 < G - start - i * KS

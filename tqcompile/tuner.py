@@ -209,19 +209,6 @@ def difference(y: torch.Tensor, expected: torch.Tensor) -> str | None:
     return f"{int(wrong.sum())} of {wrong.numel()} values are wrong" if wrong.any() else None
 
 
-def capture(call: Callable) -> tuple[Callable, Any]:
-    """(replay, result): ``call()`` in a CUDA graph, after one run on a side stream as torch asks for."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-    return graph.replay, result
-
-
 def graph_time(call: Callable, copies: list[tuple]) -> float:
     """Median microseconds of one call, in a CUDA graph of one call a copy."""
 

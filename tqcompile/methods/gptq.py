@@ -1,7 +1,10 @@
 """GPTQ (arXiv 2210.17323): round column by column, each column's error compensated by the columns after it."""
 
+from collections.abc import Callable
+
 import torch
 
+from tqcompile.cuda_graph import capture
 from tqcompile.errors import NumericError
 from tqcompile.methods.rounding import HEADROOM, QMAX, QMIN, grid_scales, group_scales, row_units
 
@@ -60,6 +63,7 @@ def gptq(
     codes = torch.empty(n, k, dtype=torch.int8, device=w.device)
     scales = torch.empty(n, k // group_size, device=w.device)
     unit = row_units(w, group_size, importance, HEADROOM) if grid else None
+    round_group = _captured(group_size, n, w.device) if w.is_cuda else _round_group
     for start in range(0, k, group_size):
         end = start + group_size
         block = w[:, start:end]
@@ -68,14 +72,40 @@ def gptq(
         else:
             scale = group_scales(block, group_size, importance[start:end])
         scales[:, start // group_size] = scale[:, 0]
-        errors = torch.empty_like(block)
-        u = factor[start:end, start:end]
-        for j in range(group_size):
-            column = block[:, j]
-            code = (column / scale[:, 0]).round_().clamp_(QMIN, QMAX)
-            codes[:, start + j] = code.to(torch.int8)
-            error = (column - code * scale[:, 0]) / u[j, j]
-            block[:, j + 1 :] -= error.unsqueeze(1) * u[j, j + 1 :]
-            errors[:, j] = error
-        w[:, end:] -= errors @ factor[start:end, end:]
+        rounded, errors = round_group(block.t().contiguous(), scale[:, 0], factor[start:end, start:end])
+        codes[:, start:end] = rounded.t()
+        w[:, end:] -= errors.t() @ factor[start:end, end:]
     return codes, scales
+
+
+def _round_group(block: torch.Tensor, scale: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round the columns of a group in order. block (g, N), columns first, is used up; scale (N,); u (g, g).
+
+    Returns codes (g, N) int8 and what each column leaves to the columns after the group (g, N).
+    """
+    codes, errors = torch.empty_like(block, dtype=torch.int8), torch.empty_like(block)
+    for j, column in enumerate(block):
+        code = (column / scale).round_().clamp_(QMIN, QMAX)
+        codes[j] = code
+        errors[j] = (column - code * scale) / u[j, j]
+        block[j + 1 :] -= u[j, j + 1 :, None] * errors[j]
+    return codes, errors
+
+
+def _captured(group_size: int, n: int, device: torch.device) -> Callable:
+    """:func:`_round_group` as one CUDA graph: a thousand small kernels, which Python would launch slower than they run.
+
+    A call's results are valid until the next one.
+    """
+    with torch.cuda.device(device):
+        block, scale = torch.zeros(group_size, n, device=device), torch.ones(n, device=device)
+        u = torch.eye(group_size, device=device)
+        replay, results = capture(lambda: _round_group(block, scale, u))
+
+    def call(*values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        for static, value in zip((block, scale, u), values, strict=True):
+            static.copy_(value)
+        replay()
+        return results
+
+    return call
