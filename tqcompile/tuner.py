@@ -11,7 +11,6 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,6 +18,7 @@ from rich.table import Table
 
 from tqcompile import ops
 from tqcompile.checkpoint import MANIFEST
+from tqcompile.cuda_graph import capture
 from tqcompile.errors import CheckpointError, ConfigError
 from tqcompile.kernels import tuning
 
