@@ -1,10 +1,14 @@
-"""Triton kernel of ``tqcompile::lattice_linear``: 2-bit or 3-bit codes, floating-point activations.
+"""Kernels of ``tqcompile::lattice_linear``: 2-bit or 3-bit codes, floating-point activations.
 
-A program owns a (BN out-features x BM tokens) tile of y^T = W x^T. A byte of the codes holds elements 4j to 4j+3, so a
-tile of codes is four *planes*, element i of every four, and a step is four products of a plane with the same columns of
-x. Few tokens are read as they are, every fourth element at a time; more are first stored plane by plane. Codes enter as
-plain integers, exact in every dtype of x; zero points and offsets act through the sums of x, once a step, and a step
-(which divides the group) is scaled once, in fp32.
+    skinny  up to 64 tokens, 16-bit x, groups of 128    lattice_skinny.py
+    fused   other arguments up to 128 tokens            Triton, here
+    dense   more: weights are written out, then a dense product
+
+A program of the fused form owns a (BN out-features x BM tokens) tile of y^T = W x^T. A byte of the codes holds elements
+4j to 4j+3, so a tile of codes is four *planes*, element i of every four, and a step is four products of a plane with
+the same columns of x. Few tokens are read as they are, every fourth element at a time; more are first stored plane by
+plane. Codes enter as plain integers, exact in every dtype of x; zero points and offsets act through the sums of x, once
+a step, and a step (which divides the group) is scaled once, in fp32.
 
 Few tokens: the K loop is split over S programs a tile. Each writes fp32 partials, and the last to arrive adds them in
 order 0..S-1. Many tokens: no 16-bit product on integer codes is faster than one on 16-bit weights, so the weights are
@@ -12,15 +16,27 @@ written out once, by a second kernel, and cuBLAS multiplies (:data:`DENSE_TOKENS
 """
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from tqcompile.kernels.split_counters import split_counters
-from tqcompile.kernels.twin_linear import FLOATS, INTERPRET, Tile, device_reason, round_to
+from tqcompile.kernels.twin_linear import FLOATS, INTERPRET, Tile, _gpu, device_reason, round_to
 from tqcompile.ops.lattice_linear import ZERO_STEPS
 
+try:
+    from triton.experimental.gluon import language as gl
+
+    from tqcompile.kernels.lattice_skinny import lattice_skinny
+
+    GLUON = True
+except ImportError:  # Gluon is experimental: a Triton release may move it
+    GLUON = False
+
+SKINNY_TOKENS = 64
+UNIT = 128  # columns of K that the skinny form takes at a time
 PLAIN_TOKENS = 16  # up to this many x is read as it is
 DENSE_TOKENS = 128  # beyond this many the weights are written out
 MAX_OFFSET = 4
@@ -218,8 +234,29 @@ def unsupported(x, codes, scale, zero, offset, bias, bits) -> str | None:
 
 
 def describe(x, codes, scale, zero, offset, bias, bits) -> str:
-    """Which form :func:`launch` takes: "fused", or "dense" (weights written out, then cuBLAS)."""
-    return "dense" if x.numel() // x.shape[-1] > DENSE_TOKENS else "fused"
+    """Which form :func:`launch` takes: "skinny", "fused", or "dense" (weights written out, then cuBLAS)."""
+    k = x.shape[-1]
+    t, group = x.numel() // k, k // scale.shape[1]
+    whole = GLUON and not INTERPRET and x.dtype in (torch.float16, torch.bfloat16) and group % UNIT == 0
+    if whole and t <= SKINNY_TOKENS:
+        return "skinny"
+    return "dense" if t > DENSE_TOKENS else "fused"
+
+
+class Skinny(NamedTuple):
+    """A launch of the skinny form: RT tiles of 16 rows a warp, RW warps beside each other in N, KS in K."""
+
+    row_tiles: int
+    row_warps: int
+    k_warps: int
+    unroll: int
+
+
+def choose_skinny(t: int, n: int, k: int, bits: int, sms: int = 132) -> Skinny:
+    """The configuration for T tokens, by rule: more rows a warp cost registers, and save unpacked pairs of x."""
+    tokens = -(-t // 8)
+    row_tiles = 2 if n >= 2 * 32 * sms and tokens <= 2 else 1
+    return Skinny(row_tiles, 1, 8 if k > 8192 else 4, 2 if tokens == 1 else 1)
 
 
 def planes(x: torch.Tensor) -> torch.Tensor:
@@ -227,10 +264,10 @@ def planes(x: torch.Tensor) -> torch.Tensor:
     return x.unflatten(-1, (-1, 4)).movedim(-1, 0).contiguous()
 
 
-def launch(x, codes, scale, zero, offset, bias, bits, tile: Tile | None = None) -> torch.Tensor:
+def launch(x, codes, scale, zero, offset, bias, bits, tile: Tile | Skinny | None = None) -> torch.Tensor:
     """Run the kernel; the arguments are those of the op and must be supported.
 
-    With a ``tile`` the fused kernel runs whatever the number of tokens (tests, tuning).
+    With a ``tile`` the fused or the skinny kernel runs whatever the number of tokens (tests, tuning).
     """
     (n, groups), k = scale.shape, x.shape[-1]
     flat = x.reshape(-1, k)
@@ -247,14 +284,33 @@ def launch(x, codes, scale, zero, offset, bias, bits, tile: Tile | None = None) 
     }
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         weights = [codes, scale, codes if zero is None else zero, scale if offset is None else offset]
-        if tile is None and describe(x, *weights, bias, bits) == "dense":
-            y = _through_dense(flat, weights, n, k, bias, options)
-        else:
-            y = _fused(flat, weights, n, k, bias, options, tile)
+        form = describe(x, codes, scale, zero, offset, bias, bits) if tile is None else type(tile).__name__.lower()
+        run = {"skinny": _skinny, "dense": _through_dense}.get(form, _fused)
+        y = run(flat, weights, n, k, bias, options, tile)
     return y.reshape(*x.shape[:-1], n)
 
 
-def _through_dense(x, weights, n, k, bias, options) -> torch.Tensor:
+def _skinny(x, weights, n, k, bias, options, tile) -> torch.Tensor:
+    t, x = x.shape[0], x.contiguous()
+    codes, scale, zero, offset = weights
+    bits, group = options["BITS"], options["GROUP"]
+    gpu = _gpu(x.device.index)
+    row_tiles, row_warps, k_warps, unroll = tile or choose_skinny(t, n, k, bits, gpu.multi_processor_count)
+    y = torch.empty(t, n, dtype=x.dtype, device=x.device)
+    # Programmatic dependent launch: this kernel starts, and loads its first codes, before the one in front has ended.
+    dependent = gpu.major >= 9
+    warps = row_warps * k_warps
+    lattice_skinny[(-(-n // (16 * row_tiles * row_warps)),)](
+        x.view(torch.int32), codes.view(torch.int32), scale, zero, offset, y if bias is None else bias, y, t, n,
+        TILES=-(-t // 8), RT=row_tiles, RW=row_warps, KS=k_warps, UNROLL=unroll, U=k // UNIT, GROUP_UNITS=group // UNIT,
+        BITS=bits, D=options["D"], ZERO_STEPS=ZERO_STEPS, HAS_ZERO=options["HAS_ZERO"], HAS_BIAS=bias is not None,
+        FLOAT=gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16, PDL=dependent,
+        num_warps=warps, launch_pdl=dependent,
+    )  # fmt: skip
+    return y
+
+
+def _through_dense(x, weights, n, k, bias, options, tile) -> torch.Tensor:
     w = torch.empty(n, k, dtype=x.dtype, device=x.device)
     step = min(128, options["GROUP"] & -options["GROUP"])
     _dequantize[(triton.cdiv(n, 32), k // step)](*weights, w, n, k, BN=32, BK=step, num_warps=4, **options)

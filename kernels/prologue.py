@@ -113,7 +113,7 @@ def _token(
     K, x_stride, other_stride, eps, act_ratio,
     ROWS: tl.constexpr, COLS: tl.constexpr, EXACT: tl.constexpr, WHOLE: tl.constexpr, BITS: tl.constexpr,
     KEEP8: tl.constexpr, KIND: tl.constexpr, HAS_OTHER: tl.constexpr, SCALE: tl.constexpr, ROTATE: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    PLANES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Everything but t of one token, stored where ``first``. Returns its two planes (ROWS, COLS / 2) and the scale.
     g, s, turn: values of gain, input_scale and rotation. WHOLE: EXACT, and ``first`` is true."""
@@ -147,8 +147,11 @@ def _token(
         v = round_to(v, x.dtype.element_ty, INTERPRET).to(tl.float32)
         even, odd = tl.split(v.reshape(ROWS, half, 2))
         planes, store = token * K + pair, (pair < K // 2) & first
-        _store(operand + planes, round_to(even, x.dtype.element_ty, INTERPRET), store, WHOLE)
-        _store(operand + planes + K // 2, round_to(odd, x.dtype.element_ty, INTERPRET), store, WHOLE)
+        if PLANES:
+            _store(operand + planes, round_to(even, x.dtype.element_ty, INTERPRET), store, WHOLE)
+            _store(operand + planes + K // 2, round_to(odd, x.dtype.element_ty, INTERPRET), store, WHOLE)
+        else:
+            _store(operand + token * K + at, round_to(v, x.dtype.element_ty, INTERPRET), live & first, WHOLE)
     else:
         scale = tl.div_rn(tl.maximum(tl.max(_flat(tl.abs(v))), 1e-30), 127.0)
         # One division a token, not one a value: off by an ulp, as a sum in another order is. Adding 1.5 * 2**23
@@ -173,7 +176,7 @@ def _rows(
     T, K, R, x_stride, other_stride, eps, act_ratio,
     P: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, EXACT: tl.constexpr, BITS: tl.constexpr, KEEP8: tl.constexpr,
-    KIND: tl.constexpr, HAS_OTHER: tl.constexpr, SCALE: tl.constexpr, ROTATE: tl.constexpr,
+    KIND: tl.constexpr, HAS_OTHER: tl.constexpr, SCALE: tl.constexpr, ROTATE: tl.constexpr, PLANES: tl.constexpr,
     INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """RP > 0: program p of the P of a token computes RP values of t from p * RP on, STEP at a time.
@@ -204,7 +207,7 @@ def _rows(
         even, odd, scale = _token(
             token, part == 0, x, other, g, s, turn, operand, operand_scale, q8, q8_scale, h,
             K, x_stride, other_stride, eps, act_ratio,
-            ROWS, COLS, EXACT, False, BITS, KEEP8, KIND, HAS_OTHER, SCALE, ROTATE, INTERPRET,
+            ROWS, COLS, EXACT, False, BITS, KEEP8, KIND, HAS_OTHER, SCALE, ROTATE, PLANES, INTERPRET,
         )  # fmt: skip
         s_live = (row * COLS < K)[None, :, :] if GROUP % COLS == 0 else d_live
         for i in tl.range(0, RP, STEP, num_stages=1):
@@ -221,7 +224,7 @@ def _rows(
         _token(
             tl.program_id(0).to(tl.int64), True, x, other, g, s, turn, operand, operand_scale, q8, q8_scale, h,
             K, x_stride, other_stride, eps, act_ratio,
-            ROWS, COLS, EXACT, EXACT, BITS, KEEP8, KIND, HAS_OTHER, SCALE, ROTATE, INTERPRET,
+            ROWS, COLS, EXACT, EXACT, BITS, KEEP8, KIND, HAS_OTHER, SCALE, ROTATE, PLANES, INTERPRET,
         )  # fmt: skip
 
 
@@ -252,7 +255,9 @@ def choose_plan(t: int, k: int, rank: int, group: int, block: int) -> Plan:
     return Plan(padded // ranks, ranks, step, rows, columns, warps)
 
 
-def unsupported(x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio) -> str | None:
+def unsupported(
+    x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio, planes=True
+) -> str | None:
     """Why :func:`launch` cannot serve these arguments (those of ``tqcompile::prologue``), or None."""
     reason = device_reason(x.device)
     if reason:
@@ -286,7 +291,7 @@ def unsupported(x, other, gain, input_scale, rotation, down, down_scale, kind, e
 
 
 def launch(
-    x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio, plan=None
+    x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio, planes=True, plan=None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run the kernels on arguments for which :func:`unsupported` returned None.
 
@@ -302,7 +307,7 @@ def launch(
     if operand.numel():
         args = (_as_rows(x), None if other is None else _as_rows(other), gain, input_scale, rotation)
         with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-            _run(*args, down, down_scale, kind, eps, act_bits, act_ratio, operand, operand_scale, t, h, plan)
+            _run(*args, down, down_scale, kind, eps, act_bits, act_ratio, planes, operand, operand_scale, t, h, plan)
     return operand, operand_scale, t, h
 
 
@@ -312,7 +317,7 @@ def _as_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _run(
-    x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio,
+    x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio, planes,
     operand, operand_scale, t, h, plan,
 ) -> None:  # fmt: skip
     tokens, k = x.shape
@@ -337,7 +342,7 @@ def _run(
         P=plan.parts, RP=plan.ranks, STEP=plan.step, GROUP=group,
         ROWS=plan.rows, COLS=plan.columns, EXACT=plan.rows * plan.columns == k,
         BITS=act_bits, KEEP8=apart, KIND=kind, HAS_OTHER=other is not None,
-        SCALE=input_scale is not None, ROTATE=rotation is not None, INTERPRET=INTERPRET, PDL=dependent,
+        SCALE=input_scale is not None, ROTATE=rotation is not None, PLANES=planes, INTERPRET=INTERPRET, PDL=dependent,
         num_warps=plan.warps, **launch_options,
     )  # fmt: skip
     if apart:

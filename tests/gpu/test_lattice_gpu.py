@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
-TOKENS = [1, 3, 16, 100, 2048]
+TOKENS = [1, 2, 3, 16, 40, 64, 100, 2048]
 
 
 @contextlib.contextmanager
@@ -68,8 +68,47 @@ def test_a_compiled_model_runs_the_kernel(scheme):
     torch._dynamo.reset()
 
 
-def test_one_result_whatever_runs_beside_it_and_in_a_graph():
-    args = random_arguments(2, 4096, 4096, 32, 2, torch.bfloat16, "zero", False, device="cuda")
+# (T, N, K, groups, bits, dtype, shift, bias): odd N, one group a row, several units a group, units that KS leaves over.
+SKINNY_CASES = [
+    (1, 40, 128, 1, 2, torch.bfloat16, "zero", True),
+    (1, 75, 1152, 9, 2, torch.bfloat16, "offset", False),
+    (2, 133, 640, 5, 3, torch.bfloat16, "zero", True),
+    (3, 130, 768, 3, 2, torch.float16, "zero", False),
+    (7, 70, 512, 1, 3, torch.float16, "offset", True),
+    (8, 33, 1408, 11, 3, torch.bfloat16, "none", False),
+    (9, 57, 896, 7, 2, torch.float16, "none", True),
+    (17, 200, 384, 1, 2, torch.bfloat16, "zero", True),
+    (33, 91, 1024, 8, 3, torch.bfloat16, "offset", True),
+    (64, 49, 2048, 16, 2, torch.bfloat16, "offset", False),
+    (61, 66, 256, 2, 3, torch.float16, "zero", False),
+]
+
+
+@pytest.mark.parametrize("case", SKINNY_CASES)
+def test_the_skinny_form_is_within_its_bound_in_every_cut(case):
+    args = random_arguments(*case, device="cuda", seed=case[1])
+    assert kernel.describe(*args) == "skinny"
+    assert worst(run(args), *args) <= 1
+    for cut in ((1, 1, 1, 1), (1, 2, 4, 2), (2, 1, 4, 3), (2, 2, 8, 1)):
+        with poisoned_memory():
+            first = kernel.launch(*args, tile=kernel.Skinny(*cut))
+            again = [kernel.launch(*args, tile=kernel.Skinny(*cut)) for _ in range(5)]
+        assert worst(first, *args) <= 1, cut
+        assert all(torch.equal(y, first) for y in again), cut
+
+
+def test_the_bound_sees_one_wrong_code():
+    args = random_arguments(1, 40, 256, 2, 2, torch.bfloat16, "zero", True, device="cuda", seed=2)
+    wrong = list(args)
+    wrong[1] = args[1].clone()
+    wrong[1][7, 3] ^= 2
+    assert worst(run(args), *wrong) > 1
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("t", [1, 2, 12])
+def test_one_result_whatever_runs_beside_it_and_in_a_graph(t, bits):
+    args = random_arguments(t, 4096, 4096, 32, bits, torch.bfloat16, "zero", False, device="cuda")
     first = ops.lattice_linear(*args)
     for _ in range(50):
         assert torch.equal(ops.lattice_linear(*args), first)

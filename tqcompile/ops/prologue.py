@@ -7,7 +7,8 @@
     t = (q @ down^T) * scale                the rank-R intermediate, rounded to the dtype of x
 
 Every value is rounded where the modules of transformers and ``twin_linear`` round it. The 8-bit q feeds t at any
-``act_bits``; what ``twin_gemm`` reads is q itself, its 4-bit rounding, or the transformed v.
+``act_bits``; what ``twin_gemm`` reads is q itself, its 4-bit rounding, or the transformed v. For ``lattice_linear``
+v comes in natural order.
 """
 
 import torch
@@ -34,6 +35,7 @@ def prologue_reference(
     eps: float,
     act_bits: int,
     act_ratio: float,
+    planes: bool = True,
 ) -> _Result:
     """Plain-torch definition of the op; also the CPU kernel. See :func:`prologue`."""
     v, h = _produce(x, other, gain, kind, eps)
@@ -50,7 +52,7 @@ def prologue_reference(
         t = x.new_empty((*x.shape[:-1], 0))
     else:
         t = to_planes((torch.matmul(wide, dequantize_int4(down, down_scale).t()) * scale).to(x.dtype))
-    return to_planes(q), operand_scale, t, h
+    return to_planes(q) if planes else q.clone(), operand_scale, t, h
 
 
 def _produce(x, other, gain, kind: str, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,6 +82,7 @@ def prologue(
     eps: float,
     act_bits: int,
     act_ratio: float,
+    planes: bool = True,
 ) -> _Result:
     """Norm or gate, transform, quantization and the down projection of one linear, or of several that share them.
 
@@ -91,24 +94,26 @@ def prologue(
         down: (R, K/2) packed int4; down_scale: (R, K/g). Both None: no low-rank component.
         kind: "none", "rms_norm" or "silu_mul". eps: of the norm.
         act_bits: 4, 8 or 16. act_ratio: for 4, the factor from the 8-bit to the 4-bit integer (> 0); else 0.
+        planes: False, for 16 bits without ``down``: the operand in natural order, as ``lattice_linear`` reads it.
     Returns:
         operand: (..., K), int8 for 8 and 4 bits, dtype of x for 16, in plane order (ops/twin_gemm.py).
         operand_scale: (..., 1) float32; for 16 bits empty, (0,).
         t: (..., R), dtype of x, in plane order; (..., 0) without ``down``.
         h: x + other, (..., K), where "rms_norm" has ``other``; else empty, (0,).
     """
-    return prologue_reference(x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio)
+    args = (x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio, planes)
+    return prologue_reference(*args)
 
 
 @prologue.register_kernel("cuda")
-def _(x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio):
-    args = (x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio)
+def _(x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio, planes=True):
+    args = (x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio, planes)
     launch = kernel_or_reason("prologue", *args)
     return (launch or prologue_reference)(*args)
 
 
 @prologue.register_fake
-def _(x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio):
+def _(x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio, planes=True):
     k, rows = x.shape[-1], x.shape[:-1]
     torch._check(x.is_floating_point(), lambda: f"x must be floating point, got {x.dtype}")
     torch._check(k % 2 == 0, lambda: f"K must be even, got {k}")
@@ -118,6 +123,8 @@ def _(x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bi
     torch._check(kind != "silu_mul" or other is not None, lambda: 'kind "silu_mul" needs other')
     torch._check(act_bits in (4, 8, 16), lambda: f"act_bits must be 4, 8 or 16, got {act_bits}")
     torch._check((act_bits == 4) == (act_ratio > 0), lambda: "act_ratio > 0 belongs to 4 bits")
+    natural = act_bits == 16 and down is None
+    torch._check(planes or natural, lambda: "natural order is for act_bits 16 without down")
     for name, value, shape in (("other", other, x.shape), ("gain", gain, (k,))):
         if value is not None:
             torch._check(value.shape == shape, lambda name=name, shape=shape: f"{name} must be {tuple(shape)}")

@@ -1,0 +1,249 @@
+"""Gluon kernel of ``tqcompile::lattice_linear`` for a few tokens: codes go from memory straight into ``mma.sync``.
+
+A warp takes 16 RT rows and every KS-th unit of 128 columns. A lane's 8 bytes of a row are two words of 16 codes: a
+shift, a mask and a multiply-add leave codes i and i + 8 as an exact pair of floats, the operand of a product of depth
+16, and x_i, x_(i+8) are paired to match. Zero points and offsets act through the sums of x of a unit, which one more
+product (with ones, or with the offset) leaves where they are needed. No shared memory but for one sum over the KS
+warps that share rows, in a fixed order. Scales are applied to the fp32 sum of each unit, or of K where a row has one.
+
+At 2 bits a weight costs 1.2 instructions (0.45 of them logic, half rate), where memory allows 2 at full speed.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from tqcompile.kernels.gluon_common import grid_release, grid_wait, load_live
+from tqcompile.kernels.twin_skinny import _finish, _mma_float, _words
+
+
+def _pairs(bits: int, pair: str, one: int, bases: tuple[int, int, int]) -> gl.constexpr:
+    """PTX: a word of 16 low codes in $8 (their high bits in $9: of 0 to 7 in the low byte, of the others from bit 16
+    on) -> codes i and i + 8 in $i, two floats. Under the exponent of a base, a code reads base + code where its lowest
+    bit is worth 1: at bits 0, 2 and 4 for three bases, so a shift serves three pairs. The fma leaves the code."""
+    lines = ["{ .reg .b32 a, b, h, one, n0, n1, n2; shr.u32 a, $8, 6; shr.u32 b, $8, 12;"]
+    lines.append(f"mov.b32 one, {one * 0x10001:#x};")
+    lines += [f"mov.b32 n{place}, {base * 0x10001 | 0x80008000:#x};" for place, base in enumerate(bases)]
+    for i in range(8):
+        place, word = i % 3, ("$8", "a", "b")[i // 3]
+        lines.append(f"lop3.b32 ${i}, {word}, {(3 << 2 * place) * 0x10001:#x}, {bases[place] * 0x10001:#x}, 0xEA;")
+        if bits == 3:
+            left = 2 * place + 2 - i
+            lines.append(f"shl.b32 h, $9, {left};" if left >= 0 else f"shr.u32 h, $9, {-left};")
+            lines.append(f"lop3.b32 ${i}, h, {(4 << 2 * place) * 0x10001:#x}, ${i}, 0xEA;")
+        lines.append(f"fma.rn.{pair} ${i}, ${i}, one, n{place};")
+    return gl.constexpr(" ".join([*lines, "}"]))
+
+
+_BF16 = ("bf16x2", 0x3F80, (0x4300, 0x4200, 0x4100))  # 1; 128, 32, 8
+_FP16 = ("f16x2", 0x3C00, (0x6400, 0x5C00, 0x5400))  # 1; 1024, 256, 64
+_BF16_2, _BF16_3, _FP16_2, _FP16_3 = (_pairs(bits, *form) for form in (_BF16, _FP16) for bits in (2, 3))
+_OUTPUTS = gl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r")
+
+
+@gluon.jit
+def _permute(a, b, ORDER: gl.constexpr):
+    """Four of the eight bytes of a and b."""
+    asm: gl.constexpr = f"prmt.b32 $0, $1, $2, {ORDER};"
+    return gl.inline_asm_elementwise(asm, "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _codes(word, high, BITS: gl.constexpr, FLOAT: gl.constexpr):
+    """Codes i and i + 8 of a word, two floats, for i = 0 to 7."""
+    if gl.bfloat16 == FLOAT:
+        asm: gl.constexpr = _BF16_2 if BITS == 2 else _BF16_3
+    else:
+        asm: gl.constexpr = _FP16_2 if BITS == 2 else _FP16_3
+    return gl.inline_asm_elementwise(
+        asm, _OUTPUTS, [word, high],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _paired(r):
+    """16 values of x in order, two a register -> values i and i + 8 in register i."""
+    return (
+        _permute(r[0], r[4], 0x5410), _permute(r[0], r[4], 0x7632),
+        _permute(r[1], r[5], 0x5410), _permute(r[1], r[5], 0x7632),
+        _permute(r[2], r[6], 0x5410), _permute(r[2], r[6], 0x7632),
+        _permute(r[3], r[7], 0x5410), _permute(r[3], r[7], 0x7632),
+    )  # fmt: skip
+
+
+@gluon.jit
+def _mma_word(a, b, x, c, FLOAT: gl.constexpr):
+    """c + the four products of depth 16 that a word of rows lane/4 (a) and lane/4 + 8 (b) holds."""
+    for i in gl.static_range(0, 8, 2):
+        c = _mma_float(a[i], b[i], a[i + 1], b[i + 1], x[i], x[i + 1], c[0], c[1], c[2], c[3], FLOAT)
+    return c
+
+
+@gluon.jit
+def _sum_of_pieces(v):
+    """v of this lane, and of those whose row differs in the last two bits."""
+    asm: gl.constexpr = """{ .reg .f32 a, b; shfl.sync.bfly.b32 a, $1, 4, 31, -1; add.f32 a, a, $1;
+        shfl.sync.bfly.b32 b, a, 8, 31, -1; add.f32 $0, a, b; }"""
+    return gl.inline_asm_elementwise(asm, "=f,f", [v], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _offset_piece(value, lane, FLOAT: gl.constexpr):
+    """An fp32 number as three floats: the one of this lane's row (of four), twice in a register."""
+    first = value.to(FLOAT)
+    rest = value - first.to(gl.float32)
+    second = rest.to(FLOAT)
+    third = (rest - second.to(gl.float32)).to(FLOAT)
+    piece = lane // 4 % 4
+    mine = gl.where(piece == 0, first, gl.where(piece == 1, second, third))
+    mine = gl.where(piece == 3, mine * 0, mine)
+    bits = mine.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
+    return bits | (bits << 16)
+
+
+@gluon.jit(do_not_specialize=["T"])
+def lattice_skinny(
+    x, codes, scale, zero, offset, bias, y, T, N,
+    TILES: gl.constexpr, RT: gl.constexpr, RW: gl.constexpr, KS: gl.constexpr, UNROLL: gl.constexpr,
+    U: gl.constexpr, GROUP_UNITS: gl.constexpr, BITS: gl.constexpr, D: gl.constexpr, ZERO_STEPS: gl.constexpr,
+    FLOAT: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """16 RT RW rows times 8 TILES tokens a program. U: units of 128 columns in K; GROUP_UNITS of them share a scale.
+
+    x: int32 view (T, 64 U) of values of type FLOAT. codes: int32 view (N, 4 BITS U). D: 0 for no offset.
+    """
+    WARPS: gl.constexpr = RW * KS
+    ONE: gl.constexpr = GROUP_UNITS == U  # one scale a row: applied at the end
+    SHIFTED: gl.constexpr = HAS_ZERO or D > 0
+    KW: gl.constexpr = 4 * BITS * U
+    of_x: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [WARPS, 1, 1], [2, 1, 0])  # (warps, lanes, words)
+    of_w: gl.constexpr = gl.BlockedLayout([1, 1, 2], [1, 32, 1], [WARPS, 1, 1], [2, 1, 0])
+    flat: gl.constexpr = gl.SliceLayout(2, of_x)
+    flat_w: gl.constexpr = gl.SliceLayout(2, of_w)
+    if PDL:
+        grid_release(N)
+    warp = gl.expand_dims(gl.arange(0, WARPS, gl.SliceLayout(1, flat)), 1)
+    lane = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, flat)), 0)
+    warp_w = gl.expand_dims(gl.arange(0, WARPS, gl.SliceLayout(1, flat_w)), 1)
+    lane_w = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, flat_w)), 0)
+    word4 = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, of_x))), 0), 1)
+    word2 = gl.expand_dims(gl.expand_dims(gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, of_w))), 0), 1)
+    # Warp i works on rows 16 (i % RW).. of every 16 RW of the program and on units i // RW, i // RW + KS, ...
+    n0 = gl.program_id(0) * (16 * RT * RW)
+    own, own_w = warp // RW + lane * 0, warp_w // RW + lane_w * 0
+    own3, lane3 = gl.expand_dims(own, 2), gl.expand_dims(lane, 2)
+    own_w3, lane_w3 = gl.expand_dims(own_w, 2), gl.expand_dims(lane_w, 2)
+    w_at = ()
+    high_at = ()
+    group_at = ()
+    for r in gl.static_range(2 * RT):  # rows lane/4, then lane/4 + 8, of every tile
+        first = n0 + r // 2 * (16 * RW) + r % 2 * 8
+        row_w = gl.minimum(first + warp_w % RW * 16 + lane_w // 4, N - 1).to(gl.int64) * KW
+        row = gl.minimum(first + warp % RW * 16 + lane // 4, N - 1)
+        w_at = w_at + (codes + gl.expand_dims(row_w, 2) + (own_w3 * 8 + lane_w3 % 4 * 2 + word2),)
+        high_at = high_at + (codes + row.to(gl.int64) * KW + (8 * U + own * 4 + lane % 4),)
+        group_at = group_at + (row * (U // GROUP_UNITS),)
+    ones = ()  # what multiplies x for the sum that a zero point or an offset needs, for columns 0 to 3 of every four
+    if D > 0:
+        for i in gl.static_range(4):
+            ones = ones + (_offset_piece(gl.load(offset + i % D).to(gl.float32), lane + 0 * warp, FLOAT),)
+    elif HAS_ZERO:
+        one: gl.constexpr = 0x3F803F80 if gl.bfloat16 == FLOAT else 0x3C003C00
+        for _i in gl.static_range(4):
+            ones = ones + (gl.full([WARPS, 32], one, gl.int32, flat),)
+    none = gl.zeros([WARPS, 32], gl.float32, flat)
+    sums = ()
+    totals = ()
+    for _i in gl.static_range(RT * TILES):
+        sums = sums + ((none, none, none, none),)
+    for _i in gl.static_range(TILES):
+        totals = totals + ((none, none, none, none),)
+    for start in gl.static_range(0, U, KS * UNROLL):
+        ws = ()
+        highs = ()
+        scales = ()
+        zeros = ()
+        for unit in gl.static_range(start, start + KS * UNROLL, KS):
+            if unit < U:
+                for r in gl.static_range(2 * RT):
+                    ws = ws + (load_live(w_at[r] + unit * 8, own_w3 < U - unit, unit + KS > U),)
+                    if BITS == 3:
+                        highs = highs + (load_live(high_at[r] + unit * 4, own < U - unit, unit + KS > U),)
+                    if not ONE:
+                        at = group_at[r] + (own + unit) // GROUP_UNITS
+                        scales = scales + (load_live(scale + at, own < U - unit, unit + KS > U),)
+                        if HAS_ZERO:
+                            zeros = zeros + (load_live(zero + at, own < U - unit, unit + KS > U),)
+        if PDL and start == 0:
+            x += 4 * grid_wait(N)  # 16 bytes stay 16 bytes for the compiler
+        for unit in gl.static_range(start, start + KS * UNROLL, KS):
+            if unit < U:
+                rows = ()  # the codes of every row, word by word
+                for r in gl.static_range(2 * RT):
+                    low0, low1 = gl.split(ws[(unit - start) // KS * 2 * RT + r])
+                    low0 = gl.convert_layout(low0, flat, assert_trivial=True)
+                    low1 = gl.convert_layout(low1, flat, assert_trivial=True)
+                    high0, high1 = low0, low1
+                    if BITS == 3:
+                        high0 = _permute(highs[(unit - start) // KS * 2 * RT + r], 0 * low0, 0x4140)
+                        high1 = _permute(highs[(unit - start) // KS * 2 * RT + r], 0 * low0, 0x4342)
+                    rows = rows + (_codes(low0, high0, BITS, FLOAT), _codes(low1, high1, BITS, FLOAT))
+                new = ()
+                new_totals = ()
+                for j in gl.static_range(TILES):
+                    token = gl.minimum(8 * j + lane3 // 4, T - 1)
+                    at = x + token * (64 * U) + ((own3 + unit) * 64 + lane3 % 4 * 16 + word4)
+                    pairs = ()
+                    for half in gl.static_range(2):
+                        a = _words(load_live(at + 8 * half, own3 < U - unit, unit + KS > U), flat)
+                        b = _words(load_live(at + 8 * half + 4, own3 < U - unit, unit + KS > U), flat)
+                        pairs = pairs + (_paired(a + b),)
+                    total = totals[j] if ONE else (none, none, none, none)
+                    if SHIFTED:
+                        for half in gl.static_range(2):
+                            total = _mma_word(ones + ones, ones + ones, pairs[half], total, FLOAT)
+                    new_totals = new_totals + (total,)
+                    for r in gl.static_range(RT):
+                        c = sums[j * RT + r] if ONE else (none, none, none, none)
+                        for half in gl.static_range(2):
+                            c = _mma_word(rows[4 * r + half], rows[4 * r + 2 + half], pairs[half], c, FLOAT)
+                        if not ONE:
+                            sa = scales[(unit - start) // KS * 2 * RT + 2 * r].to(gl.float32)
+                            sb = scales[(unit - start) // KS * 2 * RT + 2 * r + 1].to(gl.float32)
+                            za, zb = none, none
+                            if HAS_ZERO:
+                                za = zeros[(unit - start) // KS * 2 * RT + 2 * r].to(gl.float32) * (-1.0 / ZERO_STEPS)
+                                zb = zeros[(unit - start) // KS * 2 * RT + 2 * r + 1].to(gl.float32) * (
+                                    -1.0 / ZERO_STEPS
+                                )
+                            c = _scaled(c, total, sums[j * RT + r], sa, sb, za, zb, HAS_ZERO, D)
+                        new = new + (c,)
+                sums = new
+                totals = new_totals
+    for j in gl.static_range(TILES):
+        for r in gl.static_range(RT):
+            c = sums[j * RT + r]
+            if ONE:
+                sa = gl.load(scale + group_at[2 * r]).to(gl.float32)
+                sb = gl.load(scale + group_at[2 * r + 1]).to(gl.float32)
+                za, zb = none, none
+                if HAS_ZERO:
+                    za = gl.load(zero + group_at[2 * r]).to(gl.float32) * (-1.0 / ZERO_STEPS)
+                    zb = gl.load(zero + group_at[2 * r + 1]).to(gl.float32) * (-1.0 / ZERO_STEPS)
+                c = _scaled(c, totals[j], (none, none, none, none), sa, sb, za, zb, HAS_ZERO, D)
+            _finish(
+                c[0], c[1], c[2], c[3], n0 + r * 16 * RW, 8 * j, bias, y, y, T, N, RW, KS, HAS_BIAS, False
+            )  # fmt: skip
+
+
+@gluon.jit
+def _scaled(c, total, old, sa, sb, za, zb, HAS_ZERO: gl.constexpr, D: gl.constexpr):
+    """old + scale * (c + what the zero point or the offset adds); a, b: of rows lane/4 and lane/4 + 8."""
+    c0, c1, c2, c3 = c
+    if D > 0:
+        # Rows of the total hold the three pieces of the offset, and nothing.
+        t0, t1 = _sum_of_pieces(total[0]), _sum_of_pieces(total[1])
+        c0, c1, c2, c3 = c0 + t0, c1 + t1, c2 + t0, c3 + t1
+    elif HAS_ZERO:
+        c0, c1, c2, c3 = c0 + za * total[0], c1 + za * total[1], c2 + zb * total[2], c3 + zb * total[3]
+    return old[0] + c0 * sa, old[1] + c1 * sa, old[2] + c2 * sb, old[3] + c3 * sb
