@@ -3,13 +3,13 @@
     python benchmarks/low_bit.py --json low_bit.json
 
 Every kernel is first compared with the plain-torch definition. Times are medians over replays of a CUDA graph that
-goes through enough copies of the weights to leave the L2 cache. "lattice" is the 2-bit product with its activation
-transform (a block-128 rotation) in front, as a UniSVQ layer runs it.
+goes through enough copies of the weights to leave the L2 cache. "w2" and "w3" have zero points, "lattice" an offset;
+"transform + lattice" is a UniSVQ layer as it runs after lowering: ``prologue`` with a block-128 rotation in front.
+"w4" is the product of the 4-bit weight-only form.
 """
 
 import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
 
@@ -31,58 +31,55 @@ def weights(n: int, k: int, bits: int, group: int, lattice: bool):
     return codes, scale, zero, torch.full((4,), -1.5, device="cuda") if lattice else None
 
 
-def milliseconds(calls, replays: int) -> float:
-    """Median time of one of ``calls``, all of them captured in one CUDA graph."""
-    from tqcompile import tuner
-
-    replay, _ = tuner.capture(lambda: [call() for call in calls])
-    times = []
-    for _ in range(replays):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / len(calls))
-    return statistics.median(times[replays // 5 :])
+def checked(name: str, found: torch.Tensor, exact: torch.Tensor) -> None:
+    error = float((found.float() - exact.float()).norm() / exact.float().norm())
+    if not error < 0.01:
+        raise SystemExit(f"{name}: wrong result, relative error {error:.3g}")
 
 
-def measure(n: int, k: int, t: int, replays: int) -> dict:
-    from tqcompile import ops
+def measure(n: int, k: int, t: int, cut=None) -> dict:
+    """Microseconds of every form of one layer; cut: a ``Skinny`` in place of the rule's."""
+    from tqcompile import ops, tuner
     from tqcompile.kernels import lattice_linear as kernel
     from tqcompile.ops.quantize_activation import transform_activation
 
     x = torch.randn(t, k, device="cuda", dtype=torch.bfloat16)
     rotation = torch.linalg.qr(torch.randn(128, 128, device="cuda"))[0].bfloat16()
-    forms = {}
-    for name, bits, group, lattice in (("w2", 2, 128, False), ("w3", 3, 128, False), ("lattice", 2, 128, True)):
-        copies = [weights(n, k, bits, group, lattice) for _ in range(max(1, int(CACHE / (n * k * bits / 8))))]
+    times, form = {}, ""
+
+    def transformed(x):
+        return ops.prologue(x, None, None, None, rotation, None, None, "none", 0.0, 16, 0.0, False)[0]
+
+    checked("transform", transformed(x), transform_activation(x, None, rotation))
+    for name, bits, lattice in (("w2", 2, False), ("w3", 3, False), ("lattice", 2, True)):
+        copies = [weights(n, k, bits, 128, lattice) for _ in range(max(1, int(CACHE / (n * k * bits / 8))))]
         args = (x, *copies[0], None, bits)
         reason = kernel.unsupported(*args)
         if reason is not None:
             raise SystemExit(f"{name}: {reason}")
-        found, exact = ops.lattice_linear(*args).float(), ops.lattice_linear_reference(*args).float()
-        if (found - exact).norm() > 0.01 * exact.norm():
-            raise SystemExit(f"{name} {n}x{k} T={t}: wrong result, {float((found - exact).norm() / exact.norm()):.3g}")
 
-        def call(copy, bits=bits, lattice=lattice):
-            u = transform_activation(x, None, rotation) if lattice else x
-            return ops.lattice_linear(u, *copy, None, bits)
+        def product(x, copy, bits=bits):
+            return kernel.launch(x, *copy, None, bits, tile=cut)
 
-        forms[name] = milliseconds([lambda c=c, call=call: call(c) for c in copies], replays)
-    packed = [torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda") for _ in range(3)]
-    scale = (torch.rand(n, k // 128, device="cuda") * 0.02 + 0.01).bfloat16()
-    rest = (scale, None, None, None, None, None, 0.0, torch.bfloat16)
-    forms["w4"] = milliseconds([lambda w=w: ops.twin_linear(x, None, w, *rest) for w in packed], replays)
+        checked(f"{name} {n}x{k} T={t}", product(x, copies[0]), ops.lattice_linear_reference(*args))
+        form = kernel.describe(*args)
+        times[name] = tuner.graph_time(lambda copy, product=product: product(x, copy), copies)
+        if lattice:
+            whole = lambda copy, product=product: product(transformed(x), copy)  # noqa: E731
+            times["transform + lattice"] = tuner.graph_time(whole, copies)
+        del copies
+    problem = tuner.Problem(n, k, 0, 128, torch.bfloat16, True)
+    four = [tuner.twin_gemm_arguments(problem, t, seed) for seed in range(max(1, int(CACHE / (n * k / 2))))]
+    checked(f"w4 {n}x{k} T={t}", ops.twin_gemm(*four[0]), ops.twin_gemm_reference(*four[0]))
+    times["w4"] = tuner.graph_time(lambda args: ops.twin_gemm(*args), four)
     dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(max(1, int(CACHE / (2 * n * k))))]
-    forms["bf16"] = milliseconds([lambda w=w: torch.nn.functional.linear(x, w) for w in dense], replays)
-    return {"n": n, "k": k, "t": t, "milliseconds": forms, "form": "dense" if t > kernel.DENSE_TOKENS else "fused"}
+    times["bf16"] = tuner.graph_time(lambda w: torch.nn.functional.linear(x, w), dense)
+    return {"n": n, "k": k, "t": t, "microseconds": times, "form": form}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--replays", type=int, default=30)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs an NVIDIA GPU")
@@ -90,10 +87,10 @@ def main() -> None:
     rows = []
     for n, k in SHAPES:
         for t in TOKENS:
-            rows.append(measure(n, k, t, args.replays))
-            times = rows[-1]["milliseconds"]
+            rows.append(measure(n, k, t))
+            times = rows[-1]["microseconds"]
             speed = ", ".join(f"{name} {times['bf16'] / value:.2f}x" for name, value in times.items() if name != "bf16")
-            print(f"{n}x{k} T={t}: bf16 {1e3 * times['bf16']:.1f} us; over bf16: {speed} ({rows[-1]['form']})")
+            print(f"{n}x{k} T={t}: bf16 {times['bf16']:.1f} us; over bf16: {speed} ({rows[-1]['form']})")
     if args.json:
         result = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
