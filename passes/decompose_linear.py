@@ -4,7 +4,7 @@ In: a graph with linears, from dynamo or from torch.export, and the quantized co
 Out: transform, quantize, residual product, down, up, add, bias, by inlining the references of our ops; the
 components' tensors become buffers. The bias is the one of the components, which may have absorbed something,
 never the original node. Dead weight placeholders stay: dynamo keeps books on them.
-Components below four bits become the transform and ``lattice_linear`` itself, which needs no fusing.
+Components below four bits become the transform and ``lattice_linear`` itself.
 Must hold after: every linear left is named with a reason in ``gm.meta["decompose_linear"]``.
 """
 

@@ -6,6 +6,7 @@ Out: one ``prologue`` per activation, with the RMSNorm (and the addition before 
 when nothing else reads it, and one ``twin_gemm`` per linear, with an addition behind when only that reads the
 linear. The sum is then rounded once, where the separate ops round twice. Residual scales that have an integer
 form are passed as such (``channel_scale``), found once per weight.
+What a ``lattice_linear`` reads comes from a ``prologue`` too, in natural order, where it has a transform, norm or gate.
 ``gm.meta["fuse_prologue"]``: node name -> why an activation kept its two ops, or what is not part of its prologue.
 On CUDA the two ops must both have a kernel for the arguments; otherwise the portable ops stay, which have.
 Must hold after: every quantization is fused or has a reason.
@@ -37,6 +38,7 @@ from tqcompile.passes.producers import Producer, find_producer, find_transform, 
 
 PROLOGUE, GEMM = torch.ops.tqcompile.prologue.default, torch.ops.tqcompile.twin_gemm.default
 QUANTIZE, TWIN = torch.ops.tqcompile.quantize_activation.default, torch.ops.tqcompile.twin_linear.default
+LATTICE = torch.ops.tqcompile.lattice_linear.default
 
 
 @dataclasses.dataclass
@@ -51,6 +53,7 @@ class _Site:
     dtype: torch.dtype
     act_bits: int
     act_ratio: float
+    planes: bool = True  # the order of 16-bit operands
 
 
 class FusePrologue(Pass):
@@ -71,16 +74,20 @@ class FusePrologue(Pass):
         channel_scales: dict[str, torch.fx.Node | None] = {}
         done: set[torch.fx.Node] = set()
         for node in list(gm.graph.nodes):
-            if node.target not in (QUANTIZE, TWIN) or node in done:
+            if node.target is LATTICE:
+                reason = self._fuse_lattice(gm, node)
+                done.update([node] if reason is None else [])
+            elif node.target not in (QUANTIZE, TWIN) or node in done:
                 continue
-            if node.target is TWIN and op_arguments(node)["x_scale"] is not None:
+            elif node.target is TWIN and op_arguments(node)["x_scale"] is not None:
                 continue  # it belongs to a quantization
-            sites = self._sites(gm, node)
-            reason = sites if isinstance(sites, str) else None
-            for site in [] if reason else sites:
-                reason = reason or self._fuse(gm, site, len(sites) == 1, channel_scales)
-                if reason is None:
-                    done.update(site.twins)
+            else:
+                sites = self._sites(gm, node)
+                reason = sites if isinstance(sites, str) else None
+                for site in [] if reason else sites:
+                    reason = reason or self._fuse(gm, site, len(sites) == 1, channel_scales)
+                    if reason is None:
+                        done.update(site.twins)
             if reason is not None:
                 gm.meta[self.name][node.name] = reason
         for node in gm.graph.find_nodes(op="call_method", target="item"):
@@ -149,20 +156,55 @@ class FusePrologue(Pass):
             last.replace_all_uses_with(gemm)
             if last.target is not TWIN:
                 gm.graph.erase_node(last)
+        self._remove(gm, site, producer, parts, site.twins)
+        if note is not None:
+            gm.meta[self.name][prologue.name] = note
+        return None
+
+    def _fuse_lattice(self, gm: torch.fx.GraphModule, node: torch.fx.Node) -> str | None:
+        """Let a prologue compute what ``node`` reads, for all its readers; returns why not."""
+        operand = op_arguments(node)["x"]
+        if operand.target is operator.getitem and operand.args[0].target is PROLOGUE:
+            return None  # it was done with another reader
+        value = example_value(operand)
+        if value is None:
+            return "the dtype of its input is unknown; trace the graph with example inputs"
+        readers = [node, *(user for user in operand.users if user is not node)]
+        site = _Site(operand, operand, {}, readers, [], value.dtype, 16, 0.0, planes=False)
+        match = find_transform(operand)
+        if match is not None and match.read_outside() is None:
+            site.x, site.replaced = match.tensors["x"], list(match.inner)
+            site.transform = {name: tensor for name, tensor in match.tensors.items() if name != "x"}
+        note, producer = None, self._producer(site)
+        if isinstance(producer, str):
+            if not site.transform:
+                return producer
+            note, producer = producer, Producer("none", site.x, None, None, 0.0, ())
+        prologue, parts = self._insert_prologue(gm, site, producer)
+        reason = _no_kernel(prologue)
+        if reason is not None:
+            for new in (*reversed(parts.values()), prologue):
+                gm.graph.erase_node(new)
+            return reason
+        operand.replace_all_uses_with(parts["operand"])
+        self._remove(gm, site, producer, parts, [])
+        if note is not None:
+            gm.meta[self.name][prologue.name] = note
+        return None
+
+    def _remove(self, gm, site: _Site, producer: Producer, parts: dict, twins: list[torch.fx.Node]) -> None:
+        """Erase what the prologue and its gemms replaced."""
         if "h" in parts:
             (old,) = producer.inner[-1:]
             old.replace_all_uses_with(parts["h"], delete_user_cb=lambda user: user not in producer.inner)
         for reader in list(site.x.users):
             if producer.inner and reads_shape(reader):
                 reader.replace_input_with(site.x, producer.x)  # it has the same shape, and stays
-        for node in (*reversed(site.twins), *site.replaced, *producer.inner):
+        for node in (*reversed(twins), *site.replaced, *producer.inner):
             gm.graph.erase_node(node)
         for part in parts.values():
             if not part.users:
                 gm.graph.erase_node(part)
-        if note is not None:
-            gm.meta[self.name][prologue.name] = note
-        return None
 
     def _producer(self, site: _Site) -> Producer | str:
         readers = {*site.replaced, *site.twins}
@@ -186,7 +228,7 @@ class FusePrologue(Pass):
             down = [gm.graph.get_attr(n.target) if n and n.op == "get_attr" else n for n in _down(twin)]
             args = (producer.x, producer.other, producer.gain)
             args += (site.transform.get("input_scale"), site.transform.get("rotation"), *down)
-            args += (producer.kind, producer.eps, site.act_bits, site.act_ratio)
+            args += (producer.kind, producer.eps, site.act_bits, site.act_ratio, site.planes)
             prologue = call_op(gm.graph, PROLOGUE, args, site.at.meta)
             names = {"operand": 0}
             if site.act_bits != 16:
@@ -229,7 +271,7 @@ def _exact_form(scale: torch.Tensor) -> torch.Tensor | None:
 
 
 def _down(twin: dict) -> tuple[torch.fx.Node | None, torch.fx.Node | None]:
-    return twin["down"], twin["down_scale"]
+    return twin.get("down"), twin.get("down_scale")
 
 
 def _quantized_site(node: torch.fx.Node) -> _Site | str:

@@ -9,8 +9,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from tqcompile.modules import TwinLinear
 from tqcompile.ops import dispatch
 from tqcompile.ops.packing import integer_scales
+from tqcompile.ops.quantize_activation import transform_activation
 from tqcompile.passes.base import run_passes
-from tqcompile.passes.fuse_prologue import GEMM, PROLOGUE, QUANTIZE, TWIN, FusePrologue
+from tqcompile.passes.fuse_prologue import GEMM, LATTICE, PROLOGUE, QUANTIZE, TWIN, FusePrologue
 from tqcompile.passes.lower import Lower, op_name
 from tqcompile.passes.share_activation_quant import ShareActivationQuant
 
@@ -229,6 +230,62 @@ def test_scales_with_an_integer_form_come_with_it():
     channel = getattr(gm, gemm["channel_scale"].target)
     assert torch.equal(channel, integer_scales(scale)[0])
     assert len(seen) == 1
+
+
+class Lattice(nn.Module):
+    """norm -> transform -> two low-bit products of one activation, with the residual stream around them."""
+
+    def __init__(self, rotated=True, also=None):
+        super().__init__()
+        self.norm, self.also = LlamaRMSNorm(K, eps=1e-5), also
+        nn.init.uniform_(self.norm.weight, 0.5, 1.5)
+        self.register_buffer("rotation", torch.linalg.qr(torch.randn(32, 32))[0] if rotated else None)
+        self.register_buffer("codes", torch.randint(0, 256, (K, K // 4), dtype=torch.uint8))
+        self.register_buffer("scale", torch.rand(K, 1) + 0.1)
+
+    def forward(self, x, other):
+        h = x + other
+        v = self.norm(h)
+        u = transform_activation(v, None, self.rotation)
+        product = torch.ops.tqcompile.lattice_linear.default
+        y = product(u, self.codes, self.scale, None, None, None, 2)
+        z = product(u, self.codes, self.scale, None, None, None, 2)
+        return h + y, z, *(() if self.also is None else (self.also(v, u),))
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_bit_products_read_what_one_prologue_computes(rotated, dtype):
+    x, other = (torch.randn(2, 3, K).to(dtype) for _ in range(2))
+    gm, got, want = fused(Lattice(rotated, lambda v, u: u * 2).to(dtype), x, other)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+    (prologue,), products = arguments(gm), calls(gm, LATTICE)
+    assert (prologue["kind"], prologue["act_bits"], prologue["planes"]) == ("rms_norm", 16, False)
+    assert prologue["other"] is not None
+    assert (prologue["rotation"] is not None) == rotated
+    assert len(products) == 2
+    assert {node.args[0].args for node in products} == {(calls(gm, PROLOGUE)[0], 0)}
+    assert not calls(gm, torch.matmul)
+    assert gm.meta["fuse_prologue"] == {}
+
+
+def test_a_norm_that_others_read_stays_in_front_of_a_low_bit_product():
+    gm, got, want = fused(Lattice(True, lambda v, u: v * 2), torch.randn(3, K), torch.randn(3, K))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    (prologue,) = arguments(gm)
+    assert (prologue["kind"], prologue["rotation"] is None) == ("none", False)
+    assert "read elsewhere" in "".join(gm.meta["fuse_prologue"].values())
+
+
+def test_a_low_bit_product_with_nothing_in_front_is_left_with_a_reason():
+    class Bare(Lattice):
+        def forward(self, x):
+            return torch.ops.tqcompile.lattice_linear.default(x, self.codes, self.scale, None, None, None, 2)
+
+    gm, got, want = fused(Bare(), torch.randn(3, K), expect=False)
+    assert torch.equal(only(got), want)
+    assert list(gm.meta["fuse_prologue"].values()) == ["no norm or gate before it"]
 
 
 def test_two_linears_with_one_sum_behind_them():

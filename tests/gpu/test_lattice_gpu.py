@@ -62,7 +62,8 @@ def test_a_compiled_model_runs_the_kernel(scheme):
     model.compile(backend="twinquant", dynamic=True, options={"quantize": False})
     found = model(input_ids=ids).logits
     assert (found - eager).norm() < 1e-3 * eager.norm()
-    assert sum(form.startswith("triton") for form in reports[-1].lowered.values()) >= 14
+    assert all(form.startswith("triton") for form in reports[-1].lowered.values()), reports[-1].lowered
+    assert len(reports[-1].lowered) >= 8  # four products a layer, siblings merged
     on_cpu = model.cpu()(input_ids=ids.cpu()).logits
     assert (found.cpu() - on_cpu).norm() < 1e-2 * on_cpu.norm()
     torch._dynamo.reset()

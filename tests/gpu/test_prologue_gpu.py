@@ -9,6 +9,7 @@ from kernel_bounds import PROLOGUE_CASES, random_prologue_args, worst_prologue
 pytest.importorskip("triton")
 from tqcompile import ops
 from tqcompile.kernels import prologue as kernel
+from tqcompile.ops.twin_gemm import from_planes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,6 +55,14 @@ def test_layer_shapes_are_within_their_bound(k, kind, other, act_bits):
         for block in (128, None):
             error = worst(site(t, k, kind, other, act_bits, block))
             assert error <= 1, f"T={t}, rotation {block}: error is {error:.3g} times its bound"
+
+
+@pytest.mark.parametrize(("k", "kind", "other"), SITES)
+def test_natural_order_has_the_same_values(k, kind, other):
+    for t in (1, 16, 100):
+        args = site(t, k, kind, other, 16, rank=None)
+        operand, natural = run(*args)[0], run(*args, False)[0]
+        assert torch.equal(natural, from_planes(operand))
 
 
 @pytest.mark.parametrize(
