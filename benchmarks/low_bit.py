@@ -90,10 +90,11 @@ def main() -> None:
             rows.append(measure(n, k, t))
             times = rows[-1]["microseconds"]
             speed = ", ".join(f"{name} {times['bf16'] / value:.2f}x" for name, value in times.items() if name != "bf16")
-            print(f"{n}x{k} T={t}: bf16 {times['bf16']:.1f} us; over bf16: {speed} ({rows[-1]['form']})")
-    if args.json:
-        result = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+            line = f"{n}x{k} T={t}: bf16 {times['bf16']:.1f} us; over bf16: {speed} ({rows[-1]['form']})"
+            print(line, flush=True)
+            if args.json:
+                result = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
+                args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
