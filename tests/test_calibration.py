@@ -1,11 +1,15 @@
 """Streaming block by block sees what the whole model sees."""
 
+import gc
+import tempfile
+
 import pytest
 import torch
-from tiny_models import tiny, tokens
+from tiny_models import SETTINGS, tiny, tokens
 from torch import nn
 
-from tqcompile import demo
+import tqcompile
+from tqcompile import calibration, demo
 from tqcompile.calibration import (
     collect_statistics,
     device_of,
@@ -251,3 +255,30 @@ def test_no_cache_where_the_model_has_one():
     assert model_kwargs(tiny("Qwen3"), batch)["use_cache"] is False
     assert model_kwargs(stack(), {"x": 1}) == {"x": 1}
     assert device_of(nn.Identity()) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("scheme", ["twin-w4a8", "d2-w3a16"])
+def test_hidden_states_in_files_give_the_same_bytes_and_are_deleted(monkeypatch, tmp_path, scheme):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    seen, wrote = [], []
+
+    def quantized():
+        return tqcompile.compile(tiny("Qwen3"), tokens(), **{**SETTINGS, "scheme": scheme, "tune": 2}).state_dict()
+
+    expected = quantized()
+    monkeypatch.setattr(calibration, "MEMORY_SHARE", 0.0)
+    plain = calibration.HiddenStates.__setitem__
+
+    def watched(states, batch, tensor):
+        seen.append(tensor.shape)
+        wrote.append(len(list(tmp_path.glob("tqcompile-*/*"))))
+        plain(states, batch, tensor)
+
+    monkeypatch.setattr(calibration.HiddenStates, "__setitem__", watched)
+    found = quantized()
+    assert seen
+    assert min(wrote) >= 2
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    gc.collect()
+    assert not list(tmp_path.iterdir())

@@ -6,6 +6,8 @@ Models whose repeated blocks cannot be driven one by one are calibrated in one p
 
 import contextlib
 import dataclasses
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +20,8 @@ from tqcompile.methods.statistics import SiteStatistics, StatisticsCollector
 from tqcompile.passes.plan import Site
 
 HELD_OUT_FRACTION = 8
+# Two sets of hidden states that take more than this share of the machine's memory are kept in files.
+MEMORY_SHARE = 0.25
 
 
 @dataclasses.dataclass
@@ -49,6 +53,41 @@ class Unit:
     run: Callable[[Callable[[int], None]], None]
     calls: list[BlockCall] = dataclasses.field(default_factory=list)
     means: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+
+class HiddenStates:
+    """One tensor a batch, in memory or, where ``folder`` is given, in memory-mapped files: the system then holds as
+    much of them in memory as there is room for. A tensor in a file is overwritten when its batch is set again."""
+
+    def __init__(self, tensors: list[torch.Tensor], folder: str | None = None):
+        self._tensors = list(tensors)
+        if folder is not None:
+            for batch, tensor in enumerate(tensors):
+                handle, name = tempfile.mkstemp(dir=folder)
+                os.close(handle)
+                mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+                self._tensors[batch] = mapped.view(tensor.shape).copy_(tensor)
+        self._mapped = folder is not None
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __getitem__(self, batch: int) -> torch.Tensor:
+        return self._tensors[batch]
+
+    def __setitem__(self, batch: int, tensor: torch.Tensor) -> None:
+        if self._mapped:
+            self._tensors[batch].copy_(tensor)
+        else:
+            self._tensors[batch] = tensor
+
+
+def _too_large(tensors: list[torch.Tensor]) -> bool:
+    """Whether two sets of such tensors should be in files: they are on the CPU and take too much of its memory."""
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return False
+    needed = 2 * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return needed > MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class _Stop(Exception):
@@ -203,8 +242,10 @@ class _BlockDriver:
     """Runs a stack of blocks one at a time on recorded inputs."""
 
     def __init__(self, blocks, hidden, extra_args, kwargs):
-        self._blocks, self._hidden, self._extra, self._kwargs = blocks, hidden, extra_args, kwargs
-        self._exact = list(hidden)
+        self._blocks, self._extra, self._kwargs = blocks, extra_args, kwargs
+        self._folder = tempfile.TemporaryDirectory(prefix="tqcompile-") if _too_large(hidden) else None
+        folder = None if self._folder is None else self._folder.name
+        self._hidden, self._exact = HiddenStates(hidden, folder), HiddenStates(hidden, folder)
         self.masks: list[torch.Tensor | None] = [None] * len(self._hidden)
 
     @staticmethod
@@ -262,13 +303,17 @@ class _BlockDriver:
 
     def calls(self, index: int) -> list[BlockCall]:
         """Of block ``index``, which must still be the full-precision one; to be asked for every block in order."""
-        self._exact = [self._call(index, batch, hidden) for batch, hidden in enumerate(self._exact)]
+        self._push(index, self._exact)
         parts = zip(self._hidden, self._extra, self._kwargs, self._exact, self.masks, strict=True)
         return [BlockCall(hidden, extra[index], kwargs[index], exact, m) for hidden, extra, kwargs, exact, m in parts]
 
     def advance(self, index: int) -> None:
         """Replace the hidden states by the outputs of block ``index``, as it is now."""
-        self._hidden = [self._call(index, batch, hidden) for batch, hidden in enumerate(self._hidden)]
+        self._push(index, self._hidden)
+
+    def _push(self, index: int, states: HiddenStates) -> None:
+        for batch in range(len(states)):
+            states[batch] = self._call(index, batch, states[batch])
 
     def _call(self, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         # The block is looked up anew: its linears are replaced while this runs.
