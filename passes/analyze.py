@@ -31,16 +31,20 @@ def analyze(model: nn.Module, example: Mapping, config: Config) -> Plan:
     """Find what to quantize in ``model``, and how its parts hang together.
 
     Raises:
-        ConfigError: an ignore pattern matches no module.
+        ConfigError: an ignore pattern matches no module, or an override no linear that it could change.
         PassError: an analysis pass failed on a graph that was captured.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     experts = _expert_parameters(modules)
     _check_patterns(config.ignore, [*modules, *experts])
+    _check_overrides(config, [name for name, module in modules.items() if isinstance(module, nn.Linear)])
     linears = [name for name, module in modules.items() if type(module) is nn.Linear]
     skipped = {**_skip_modules(model, modules, config), **experts}
     for name in dict.fromkeys([*linears, *skipped]):
         pattern = ignored_by(config.ignore, name)
+        override = config.override_of(name)
+        if override is not None and override[1] == "keep":
+            skipped[name] = f"kept by the override {override[0]!r}"
         if pattern:
             skipped[name] = f"ignored by {pattern!r}"
     try:
@@ -69,6 +73,28 @@ def _check_patterns(patterns: tuple[str, ...], names: list[str]) -> None:
             raise ConfigError(f"ignore pattern {pattern!r} matches no module of the model{hint}")
 
 
+def _check_overrides(config: Config, linears: list[str]) -> None:
+    """Every override must count for at least one linear."""
+    counting = {config.override_of(name)[0] for name in linears if config.override_of(name)}
+    effective = {p for p in counting if any(not ignored_by(config.ignore, n) for n in linears if matches(p, n))}
+    for pattern, settings in config.overrides:
+        names = [name for name in linears if matches(pattern, name)]
+        if not names:
+            close = difflib.get_close_matches(pattern.removeprefix("re:"), linears, n=3, cutoff=0.4)
+            hint = f"; linear layers are named like {', '.join(close or linears[-3:])}"
+            raise ConfigError(f"overrides pattern {pattern!r} matches no linear layer of the model{hint}")
+        if pattern not in counting:
+            raise ConfigError(
+                f"overrides pattern {pattern!r} never counts: earlier patterns match all of its layers ({names[0]}, "
+                "...). Put it first, or remove it"
+            )
+        if settings != "keep" and pattern not in effective:
+            raise ConfigError(
+                f"overrides pattern {pattern!r} matches only layers in ignore ({names[0]}, ...). Remove one of them; "
+                "the output head has a setting of its own, lm_head"
+            )
+
+
 def _expert_parameters(modules: dict[str, nn.Module]) -> dict[str, str]:
     """Stacks of expert matrices (experts, out, in) or (experts, in, out), by parameter name."""
     found = {}
@@ -94,18 +120,18 @@ def _shared_parameters(model: nn.Module) -> dict[str, str]:
 
 def _skip_modules(model: nn.Module, modules: dict[str, nn.Module], config: Config) -> dict[str, str]:
     """Reasons that need no graph, for linears and what does the work of one."""
-    shared, method, skipped = _shared_parameters(model), Scheme.parse(config.scheme).method, {}
+    shared, skipped = _shared_parameters(model), {}
     for name, module in modules.items():
         if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
             skipped[name] = "Conv1D stores its weight transposed: only torch.nn.Linear can be quantized"
         elif isinstance(module, nn.Linear):
-            reason = _refuse(name, module, shared, method, config)
+            reason = _refuse(name, module, shared, config.for_layer(name))
             if reason:
                 skipped[name] = reason
     return skipped
 
 
-def _refuse(name: str, module: nn.Linear, shared: dict, method: str, config: Config) -> str | None:
+def _refuse(name: str, module: nn.Linear, shared: dict, config: Config) -> str | None:
     n, k, weight = module.out_features, module.in_features, module._parameters.get("weight")
     tied = shared.get(f"{name}.weight")
     if type(module) is not nn.Linear:
@@ -116,7 +142,7 @@ def _refuse(name: str, module: nn.Linear, shared: dict, method: str, config: Con
         return f"its weight is tied to {tied}"
     if k % config.group_size:
         return f"in_features {k} is not divisible by group_size {config.group_size}"
-    if method in ("twin", "svdquant") and config.rank >= min(n, k):
+    if Scheme.parse(config.scheme).method in ("twin", "svdquant") and config.rank >= min(n, k):
         return f"rank {config.rank} is not below min(out_features {n}, in_features {k})"
     return None
 
@@ -154,13 +180,24 @@ def _reads_weight_of(user: torch.fx.Node, found: dict[str, str], name: str) -> b
 def _sites(gm: torch.fx.GraphModule, shared: dict, config: Config, skipped: dict[str, str]) -> tuple[Site, ...]:
     sites = []
     for node, group in gm.meta["group_shared_inputs"].items():
-        kept = tuple(name for name in group if name not in skipped)
-        if not kept:
-            continue
         absorber = gm.meta["find_absorbers"][node]
         reason = absorber if isinstance(absorber, str) else _veto(absorber, group, shared, config, skipped)
-        sites.append(Site(kept, None if reason else absorber, reason))
+        # Linears with other settings need a transform of their own: they are a site of their own.
+        parts: dict[Config, list[str]] = {}
+        for name in group:
+            if name not in skipped:
+                parts.setdefault(config.for_layer(name), []).append(name)
+        for part in parts.values():
+            why = reason or (_other_settings(config, part, parts) if len(parts) > 1 else "")
+            sites.append(Site(tuple(part), None if why else absorber, why))
     return tuple(sites)
+
+
+def _other_settings(config: Config, part: list[str], parts: dict[Config, list[str]]) -> str:
+    """Why a scale is not absorbed where overrides split the readers of one input."""
+    other = next(names[0] for names in parts.values() if names is not part)
+    pattern = next(found[0] for found in map(config.override_of, (other, part[0])) if found)
+    return f"{other} reads the same input with other settings (override {pattern!r})"
 
 
 def _veto(absorber: Absorber, group: list[str], shared: dict, config: Config, skipped: dict[str, str]) -> str:

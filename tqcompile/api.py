@@ -15,12 +15,11 @@ from torch import nn
 from tqcompile import recipes
 from tqcompile.calibration import Unit, collect_statistics, device_of, split_into_units
 from tqcompile.checkpoint import quantization_config
-from tqcompile.config import Config, Scheme
+from tqcompile.config import Config
 from tqcompile.data import Batch, load_calibration
 from tqcompile.errors import ConfigError, ModelError
 from tqcompile.methods.components import QuantizedLinear
 from tqcompile.methods.hadamard import random_hadamard
-from tqcompile.methods.recipe import recipe_of
 from tqcompile.modules import QUANTIZED
 from tqcompile.output_head import leave_head, quantize_head
 from tqcompile.passes.analyze import analyze
@@ -161,12 +160,8 @@ def _quantize(
         reasons = "; ".join(f"{name}: {why}" for name, why in list(plan.skipped.items())[:5])
         raise ModelError(f"no layer of {type(model).__name__} can be quantized ({reasons}).")
     report = Report(config.to_dict(), skipped=dict(plan.skipped), notes=list(plan.notes))
-    recipe = recipe_of(Scheme.parse(config.scheme))
     rotated = _rotate_stream(model, plan, config, journal, report) if config.rotate_stream else frozenset()
-    tune = recipe.tune * config.tune > 0
     units = [Unit("model", list(plan.sites), None)]
-    if batches:
-        units = split_into_units(model, plan.sites, batches, targets=tune or recipe.correct, means=recipe.correct)
     if not batches:
         report.notes.append("no calibration data: identity Hessian, no scales, errors not measured")
     elif len(batches) == 1:
@@ -174,18 +169,24 @@ def _quantize(
     quantized: dict[str, QuantizedLinear] = {}
     with Progress(progress, f"tqcompile {config.scheme}", len(plan.sites)) as bar:
         job = Job(model, config, journal, report, bar, absorb, rotated=rotated)
+        recipes_of = {site: job.recipe(site) for site in plan.sites}
+        balanced = {site for site, recipe in recipes_of.items() if recipe.balance}
+        corrected = {site for site, recipe in recipes_of.items() if recipe.correct}
+        tuned = {site for site, recipe in recipes_of.items() if recipe.tune * config.tune}
+        if batches:
+            units = split_into_units(model, plan.sites, batches, targets=bool(tuned | corrected), means=corrected)
         for unit in units:
             device = config.device or device_of(model)
-            statistics = collect_statistics(model, unit, batches, device, recipe.balance) if batches else {}
-            correct = recipe.correct and absorb
+            statistics = collect_statistics(model, unit, batches, device, balanced) if batches else {}
+            correct = absorb and not corrected.isdisjoint(unit.sites)
             gains = norm_gains(job, unit) if correct else {}
             results = quantize_unit(job, unit, statistics)
             if correct:
                 correct_unit(job, unit, gains)
-            if tune and len(unit.calls) > 1:
+            if len(unit.calls) > 1 and not tuned.isdisjoint(unit.sites):
                 results = tune_unit(job, unit, results)
             quantized |= results
-    if recipe.correct:
+    if corrected:
         report.notes.append(_correction_note(model, job, report))
     if config.lm_head != "keep":
         quantize_head(model, config, batches, journal, report)

@@ -166,6 +166,9 @@ def _settings(mode: str | None, options: dict) -> tuple[Config, bool, bool | Non
         patches = {**modes[mode], **patches}
     if options.get("lm_head", "keep") != "keep":
         raise ConfigError('backend "twinquant": lm_head is a setting of tqcompile.compile, which replaces modules')
+    for name in ("overrides", "bits_budget"):
+        if options.get(name):
+            raise ConfigError(f'backend "twinquant": {name} is a setting of tqcompile.compile, which knows the layers')
     config = Config().replace(**{name: options[name] for name in fields if name in options})
     return config, quantize, lower, inner, patches
 

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -100,11 +100,11 @@ def held_out_batches(batches: int) -> int:
 
 
 def collect_statistics(
-    model: nn.Module, unit: Unit, batches: list[Batch], device: torch.device | str, balanced: bool = False
+    model: nn.Module, unit: Unit, batches: list[Batch], device: torch.device | str, balanced: Collection[Site] = ()
 ) -> dict[Site, SiteStatistics]:
     """Run a unit over all batches and gather the statistics of every site's input.
 
-    balanced: see ``SiteStatistics``.
+    balanced: the sites whose statistics are (see ``SiteStatistics``).
 
     Raises:
         CalibrationError: an activation is NaN or infinite, or a site is never reached; names the module.
@@ -125,7 +125,7 @@ def collect_statistics(
                     f"overflows in {x.dtype} or its weights are damaged; try float32 or other data."
                 )
             if site not in collectors:
-                collectors[site] = StatisticsCollector(x.shape[-1], device, len(batches), held, balanced)
+                collectors[site] = StatisticsCollector(x.shape[-1], device, len(batches), held, site in balanced)
             collectors[site].add(rows, held_out=current >= len(batches) - held)
 
         return hook
@@ -149,12 +149,12 @@ def collect_statistics(
 
 
 def split_into_units(
-    model: nn.Module, sites: tuple[Site, ...], batches: list[Batch], targets: bool = False, means: bool = False
+    model: nn.Module, sites: tuple[Site, ...], batches: list[Batch], targets: bool = False, means: Collection[Site] = ()
 ) -> Iterator[Unit]:
     """Yield the units of a model in forward order; the caller quantizes each before asking for the next.
 
     targets: give blocks their ``calls``, which costs another pass over the data and a second set of hidden states.
-    means: with these, give them their ``means``.
+    means: with these, give them their ``means``, for the norms of these sites.
 
     The sites of a stack of blocks (the ``nn.ModuleList`` that holds most sites) come block by block; everything
     else comes last, in one unit over the whole model.
@@ -169,7 +169,7 @@ def split_into_units(
             rest = [site for site in rest if site not in inside]
             calls, found = [], {}
             if targets:
-                absorbers = [site.absorber for site in inside[1:] if means and site.absorber]
+                absorbers = [site.absorber for site in inside[1:] if site in means and site.absorber]
                 norms = [a.module for a in absorbers if a.kind == "norm" and a.module.startswith(f"{name}.")]
                 with mean_outputs(model, norms, driver.masks) as found:
                     calls = driver.calls(index)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tqcompile import __version__
-from tqcompile.config import Config
+from tqcompile.config import Config, read_overrides
 from tqcompile.errors import TQError
 
 _DEFAULT = Config()
@@ -54,6 +54,13 @@ def quantize(
     ignore: Annotated[
         list[str] | None, typer.Option(help="A module or 're:' pattern to leave alone beside lm_head; repeatable.")
     ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(help="Other settings for some layers: 'PATTERN keep' or 'PATTERN scheme=... rank=...'; repeatable."),
+    ] = None,
+    bits_budget: Annotated[
+        float | None, typer.Option(help="Average bits per weight: bits and rank are chosen layer by layer.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Learning steps per site.")] = _DEFAULT.steps,
     tune: Annotated[int, typer.Option(help="Steps of block tuning.")] = _DEFAULT.tune,
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = _DEFAULT.samples,
@@ -72,6 +79,7 @@ def quantize(
     """Quantize a model in memory and save it with its report and tokenizer."""
     settings = {"rank": rank, "group_size": group_size, "steps": steps, "tune": tune, "samples": samples}
     settings |= {"seq_len": seq_len, "seed": seed, "lm_head": lm_head, "rotate_stream": rotate_stream, "device": device}
+    settings |= {"overrides": read_overrides(override or ()), "bits_budget": bits_budget}
     config = Config(scheme=scheme, ignore=(*_DEFAULT.ignore, *(ignore or ())), **settings)
     from tqcompile.commands.quantize import run
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from tqcompile.errors import ConfigError
 
 METHODS = ("twin", "rtn", "gptq", "svdquant", "quarot", "spinquant")
 LOW_BIT_METHODS = ("d2", "unisvq", "twin", "rtn", "gptq", "quarot")
 DEFAULT_IGNORE = ("lm_head",)
+OVERRIDABLE = ("scheme", "rank", "group_size")
 HEADS = ("keep", "w8a16", "w4a16")
 _SCHEME = re.compile(r"(?P<method>[a-z0-9]+)-w(?P<w>\d+)a(?P<a>\d+)")
 
@@ -50,6 +51,10 @@ class Config:
     ignore: modules left alone. A plain name matches where its dotted parts occur in a module's name
         (``"lm_head"``, ``"layers.0"``, ``"model.layers.0.mlp.down_proj"``); ``"re:..."`` is a regular
         expression that must match the whole name. A pattern that matches nothing is an error.
+    overrides: other settings for some layers: pattern (as in ``ignore``) -> some of OVERRIDABLE, or "keep" to leave the
+        layer alone; the first pattern that matches a layer counts. Kept as (pattern, settings) pairs in that order.
+    bits_budget: at most this many bits per weight on average, stored as the report counts them; weight bits and rank of
+        each site are then chosen from its measured effect on the model's output. None: ``scheme`` and ``rank`` hold.
     steps: learning steps per site (twin and spinquant). 0 takes the closed-form transforms.
     tune: steps of block tuning after a block is quantized (twin; four times as many in d2 and unisvq). 0 leaves it out.
     samples: at most this many calibration sequences are used. seq_len: length of the windows that texts are cut to.
@@ -66,6 +71,8 @@ class Config:
     rank: int = 32
     group_size: int = 128
     ignore: tuple[str, ...] = DEFAULT_IGNORE
+    overrides: tuple[tuple[str, tuple[tuple[str, str | int], ...] | str], ...] = ()
+    bits_budget: float | None = None
     steps: int = 100
     tune: int = 30
     samples: int = 128
@@ -97,13 +104,57 @@ class Config:
             raise ConfigError(f"ignore must be a list of names or 're:' patterns, got {self.ignore!r}")
         object.__setattr__(self, "ignore", tuple(self.ignore))
         for pattern in self.ignore:
-            if not isinstance(pattern, str) or not pattern:
-                raise ConfigError(f"ignore patterns must be non-empty strings, got {pattern!r}")
-            if pattern.startswith("re:"):
+            _check_pattern(pattern, "ignore")
+        object.__setattr__(self, "overrides", self._checked_overrides())
+        budget = self.bits_budget
+        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0):
+            raise ConfigError(f"bits_budget must be a positive number of bits per weight, got {budget!r}")
+
+    def _checked_overrides(self) -> tuple:
+        pairs = self.overrides.items() if isinstance(self.overrides, Mapping) else self.overrides
+        example = "{'re:.*down_proj': {'rank': 64}, 'layers.0': 'keep'}"
+        if isinstance(pairs, str) or not isinstance(pairs, Iterable):
+            raise ConfigError(f"overrides must be like {example}, got {self.overrides!r}")
+        checked = []
+        for pair in pairs:
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise ConfigError(f"overrides must be like {example}, got {pair!r}")
+            pattern, settings = pair
+            _check_pattern(pattern, "overrides")
+            if settings != "keep":
                 try:
-                    re.compile(pattern[3:])
-                except re.error as error:
-                    raise ConfigError(f"ignore pattern {pattern!r} is not a regular expression: {error}") from error
+                    settings = dict(settings)
+                except (TypeError, ValueError):
+                    raise ConfigError(f"overrides of {pattern!r} must be settings or 'keep', got {settings!r}") from None
+                if not settings or not set(settings) <= set(OVERRIDABLE):
+                    known = ", ".join(OVERRIDABLE)
+                    raise ConfigError(f"overrides of {pattern!r} may set {known}, got {settings!r}")
+                try:
+                    dataclasses.replace(self, overrides=(), bits_budget=None, **settings)
+                except ConfigError as error:
+                    raise ConfigError(f"overrides of {pattern!r}: {error}") from error
+                settings = tuple(sorted(settings.items()))
+            checked.append((pattern, settings))
+        return tuple(checked)
+
+    def override_of(self, name: str) -> tuple[str, dict[str, str | int] | str] | None:
+        """The first pattern of ``overrides`` that matches a module's name, and its settings; or None."""
+        for pattern, settings in self.overrides:
+            if matches(pattern, name):
+                return pattern, settings if settings == "keep" else dict(settings)
+        return None
+
+    def for_layer(self, name: str) -> "Config":
+        """The settings of one linear: those of the model with its override; no overrides and no budget in them."""
+        found = self.override_of(name)
+        return self._variant({} if found is None or found[1] == "keep" else found[1])
+
+    def variants(self) -> list["Config"]:
+        """The settings of the model, and those of each override."""
+        return [self._variant(dict(s)) for s in ((), *(s for _, s in self.overrides if s != "keep"))]
+
+    def _variant(self, settings: dict) -> "Config":
+        return dataclasses.replace(self, overrides=(), bits_budget=None, **settings)
 
     def replace(self, **changes) -> "Config":
         """A copy with some fields changed. Raises ConfigError on an unknown field."""
@@ -114,15 +165,46 @@ class Config:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict:
-        return {**dataclasses.asdict(self), "ignore": list(self.ignore)}
+        # Pairs, not an object: JSON writers may sort the keys of an object, and the first pattern counts.
+        overrides = [[pattern, s if s == "keep" else dict(s)] for pattern, s in self.overrides]
+        return {**dataclasses.asdict(self), "ignore": list(self.ignore), "overrides": overrides}
 
     @staticmethod
     def from_dict(data: dict) -> "Config":
         return Config().replace(**data)
 
 
+def read_overrides(texts: Iterable[str]) -> list[tuple[str, dict[str, str | int] | str]]:
+    """``Config.overrides`` of texts like ``"down_proj scheme=twin-w3a16 rank=8"`` or ``"layers.0 keep"``.
+
+    Raises:
+        ConfigError: a text is not of this form.
+    """
+    found = []
+    for text in texts:
+        pattern, *words = text.split() or [""]
+        pairs = [word.partition("=") for word in words]
+        if words == ["keep"]:
+            found.append((pattern, "keep"))
+        elif not words or not all(name and sign and value for name, sign, value in pairs):
+            raise ConfigError(f"override {text!r} must be 'PATTERN keep' or 'PATTERN name=value ...'")
+        else:
+            found.append((pattern, {name: int(v) if v.isascii() and v.isdigit() else v for name, _, v in pairs}))
+    return found
+
+
+def _check_pattern(pattern: object, setting: str) -> None:
+    if not isinstance(pattern, str) or not pattern:
+        raise ConfigError(f"{setting} patterns must be non-empty strings, got {pattern!r}")
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise ConfigError(f"{setting} pattern {pattern!r} is not a regular expression: {error}") from error
+
+
 def matches(pattern: str, name: str) -> bool:
-    """Whether a module name is matched by an ignore pattern (see Config.ignore)."""
+    """Whether a module name is matched by a pattern (see Config.ignore)."""
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
     return f".{pattern}." in f".{name}."

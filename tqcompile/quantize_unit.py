@@ -18,7 +18,7 @@ from tqcompile.config import Config, Scheme
 from tqcompile.methods import low_bit, select
 from tqcompile.methods.components import QuantizedLinear
 from tqcompile.methods.hadamard import rotate_blocks, rotation_block
-from tqcompile.methods.recipe import recipe_of
+from tqcompile.methods.recipe import Recipe, recipe_of
 from tqcompile.methods.select import Solution
 from tqcompile.methods.statistics import SiteStatistics
 from tqcompile.methods.twin import SiteProblem, absorbed
@@ -49,6 +49,13 @@ class Job:
     absorb: bool
     corrected: list[str] = dataclasses.field(default_factory=list)
     rotated: frozenset[str] = frozenset()
+
+    def settings(self, site: Site) -> Config:
+        """Those of a site's linears, which are the same for all of them."""
+        return self.config.for_layer(site.linears[0])
+
+    def recipe(self, site: Site) -> Recipe:
+        return recipe_of(Scheme.parse(self.settings(site).scheme))
 
 
 def quantize_unit(job: Job, unit: Unit, statistics: dict[Site, SiteStatistics]) -> dict[str, QuantizedLinear]:
@@ -109,16 +116,17 @@ def _solve_site(
     """Quantize a site; its scale (and rotation) go to its absorber: into the norm now, or into ``row_changes``."""
     began = time.perf_counter()
     linears = [job.model.get_submodule(name) for name in site.linears]
-    device = job.config.device or linears[0].weight.device
+    config = job.settings(site)
+    device = config.device or linears[0].weight.device
     weights = [linear.weight.detach().to(device, torch.float32) for linear in linears]
     biases = [None if linear.bias is None else linear.bias.detach().to(device) for linear in linears]
     absorber = site.absorber if site.absorber and job.absorb and _can_absorb(site.absorber, unit) else None
     tie = producer_channel(absorber, weights[0].shape[1]).to(device) if absorber else None
     head_dim = absorber.head_dim if absorber and _rotates_heads(absorber) else 0
-    scheme = Scheme.parse(job.config.scheme)
+    scheme = Scheme.parse(config.scheme)
     dual = absorber is not None and absorber.kind == "linear"
     rotated = job.rotated.issuperset(site.linears)
-    problem = SiteProblem(weights, biases, statistics, scheme, job.config, tie, site.name, head_dim, dual, rotated)
+    problem = SiteProblem(weights, biases, statistics, scheme, config, tie, site.name, head_dim, dual, rotated)
     for index, name in enumerate(site.linears):
         if name in row_changes:
             row_changes[name].apply(problem, index)
@@ -201,6 +209,10 @@ def correct_unit(job: Job, unit: Unit, gains: dict[str, torch.Tensor]) -> None:
 
 def tune_unit(job: Job, unit: Unit, results: dict[str, QuantizedLinear]) -> dict[str, QuantizedLinear]:
     """Tune a quantized block; keep it where its held-out output is closer to that of the full-precision block."""
+    dense = next((name for name, q in results.items() if q.spec.rank and q.spec.low_rank_bits == 16), None)
+    if dense is not None:
+        job.report.notes.append(f"{unit.name}: not tuned, the low rank of {dense} is not quantized")
+        return results
     began = time.perf_counter()
     block, prefix = job.model.get_submodule(unit.name), f"{unit.name}."
     held = held_out_batches(len(unit.calls))
@@ -212,7 +224,7 @@ def tune_unit(job: Job, unit: Unit, results: dict[str, QuantizedLinear]) -> dict
         vectors,
         unit.calls[:-held],
         unit.calls[-held:],
-        job.config.tune * recipe_of(Scheme.parse(job.config.scheme)).tune,
+        job.config.tune * max(job.recipe(site).tune for site in unit.sites),
         torch.Generator().manual_seed(job.config.seed),
         lambda loss: job.bar.show(f"tuning {unit.name}", loss),
     )

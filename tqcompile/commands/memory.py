@@ -65,12 +65,13 @@ def estimate(directory: Path, files: list[Path], settings: dict[str, Any], confi
     ]
     if not inner:
         raise ModelError(f"{directory} holds no weights of numbered layers, so there is nothing to quantize.")
-    scheme = Scheme.parse(config.scheme)
-    copy = int(sum(sizes[name] for name in inner) * (scheme.weight_bits + 16 / config.group_size) / 8 * 1.15)
+    schemes = [Scheme.parse(variant.scheme) for variant in config.variants()]
+    bits = max(scheme.weight_bits for scheme in schemes)
+    copy = int(sum(sizes[name] for name in inner) * (bits + 16 / config.group_size) / 8 * 1.15)
     widest = max(max(shapes[name][1]) for name in inner)
     # Gate and up, the largest site, are two matrices; second moments and their factors are widest^2 each.
     work = 4 * (2 * _WORKING_COPIES * max(sizes[name] for name in inner) + 5 * widest**2 + _ROWS * widest)
-    if config.tune * recipe_of(scheme).tune:
+    if config.tune * max(recipe_of(scheme).tune for scheme in schemes):
         work += 4 * _TUNING_COPIES * max(_block_sizes(inner, sizes).values())
     text = settings.get("text_config") or settings
     hidden = next((text[key] for key in ("hidden_size", "n_embd", "d_model") if isinstance(text.get(key), int)), widest)
