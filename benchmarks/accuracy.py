@@ -87,7 +87,7 @@ class Run:
     seed: int
     inject: bool = False
     variant: str = "everything"
-    settings: tuple[tuple[str, int], ...] = ()
+    settings: tuple[tuple[str, int | float], ...] = ()
 
     def key(self) -> str:
         return json.dumps([self.model, self.scheme, self.seed, self.inject, self.variant, list(self.settings)])

@@ -18,7 +18,7 @@ LAYERS = (
     ("methods", "ops", "data", "progress", "evaluate"),
     ("passes", "kernels", "recipes"),
     ("calibration", "modules", "reporting", "checkpoint", "checkpoint_files", "output_head", "block_tuning"),
-    ("quantize_unit",),
+    ("quantize_unit", "allocation"),
     ("api", "backend", "hf", "exporters"),
     ("demo", "tuner", "commands", "cli", "__main__"),
 )

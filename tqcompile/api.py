@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tqcompile import recipes
+from tqcompile.allocation import allocate
 from tqcompile.calibration import Unit, collect_statistics, device_of, split_into_units
 from tqcompile.checkpoint import quantization_config
 from tqcompile.config import Config
@@ -166,6 +167,10 @@ def _quantize(
         report.notes.append("no calibration data: identity Hessian, no scales, errors not measured")
     elif len(batches) == 1:
         report.notes.append("a single calibration batch: errors are measured on the rows used for calibration")
+    if config.bits_budget is not None:
+        bar = Progress(False, "", 0)
+        job = Job(model, config, journal, report, bar, absorb, rotated=rotated)
+        config, report.choices = allocate(model, plan, batches, config, job, progress)
     quantized: dict[str, QuantizedLinear] = {}
     with Progress(progress, f"tqcompile {config.scheme}", len(plan.sites)) as bar:
         job = Job(model, config, journal, report, bar, absorb, rotated=rotated)

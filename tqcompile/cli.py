@@ -56,7 +56,7 @@ def quantize(
     ] = None,
     override: Annotated[
         list[str] | None,
-        typer.Option(help="Other settings for some layers: 'PATTERN keep' or 'PATTERN scheme=... rank=...'; repeatable."),
+        typer.Option(help="For some layers: 'PATTERN keep' or 'PATTERN scheme=... rank=...'; repeatable."),
     ] = None,
     bits_budget: Annotated[
         float | None, typer.Option(help="Average bits per weight: bits and rank are chosen layer by layer.")

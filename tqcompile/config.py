@@ -124,8 +124,9 @@ class Config:
             if settings != "keep":
                 try:
                     settings = dict(settings)
-                except (TypeError, ValueError):
-                    raise ConfigError(f"overrides of {pattern!r} must be settings or 'keep', got {settings!r}") from None
+                except (TypeError, ValueError) as error:
+                    what = f"overrides of {pattern!r} must be settings or 'keep', not {settings!r}"
+                    raise ConfigError(what) from error
                 if not settings or not set(settings) <= set(OVERRIDABLE):
                     known = ", ".join(OVERRIDABLE)
                     raise ConfigError(f"overrides of {pattern!r} may set {known}, got {settings!r}")

@@ -120,9 +120,9 @@ def _solve_site(
     device = config.device or linears[0].weight.device
     weights = [linear.weight.detach().to(device, torch.float32) for linear in linears]
     biases = [None if linear.bias is None else linear.bias.detach().to(device) for linear in linears]
-    absorber = site.absorber if site.absorber and job.absorb and _can_absorb(site.absorber, unit) else None
+    absorber = site.absorber if site.absorber and job.absorb and can_absorb(site.absorber, unit) else None
     tie = producer_channel(absorber, weights[0].shape[1]).to(device) if absorber else None
-    head_dim = absorber.head_dim if absorber and _rotates_heads(absorber) else 0
+    head_dim = absorber.head_dim if absorber and rotates_heads(absorber) else 0
     scheme = Scheme.parse(config.scheme)
     dual = absorber is not None and absorber.kind == "linear"
     rotated = job.rotated.issuperset(site.linears)
@@ -248,14 +248,14 @@ def _own_vectors(model: nn.Module, block: nn.Module) -> list[str]:
     return [name for name, p in block.named_parameters() if p.dim() == 1 and p.is_floating_point() and uses[id(p)] == 1]
 
 
-def _can_absorb(absorber: Absorber, unit: Unit) -> bool:
+def can_absorb(absorber: Absorber, unit: Unit) -> bool:
     """Whether the producer is calibrated with this unit: the unit's recorded inputs are those of an older producer."""
     if absorber.kind != "norm":
         return any(absorber.module in site.linears for site in unit.sites)
     return unit.name == "model" or absorber.module.startswith(f"{unit.name}.")
 
 
-def _rotates_heads(absorber: Absorber) -> bool:
+def rotates_heads(absorber: Absorber) -> bool:
     """Whether the rotation of a site goes into the value projection: heads are kept, and large enough to mix well."""
     return absorber.kind == "attn_v" and not absorber.unrotatable and rotation_block(absorber.head_dim) >= MIN_HEAD
 

@@ -48,16 +48,31 @@ class BlockRecord:
     seconds: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What ``bits_budget`` gave a site, and why. bits: per weight, at most. loss: estimated divergence of the model's
+    output with this site alone quantized. measured: scheme -> that divergence, measured in closed form at the rank of
+    the settings."""
+
+    name: str
+    scheme: str
+    rank: int
+    bits: float
+    loss: float
+    measured: dict[str, float]
+
+
 @dataclasses.dataclass
 class Report:
     """layers: quantized linears. skipped: name -> reason. notes: facts about the whole run. config: the settings.
-    blocks: what block tuning did; errors of layers are those before it."""
+    blocks: what block tuning did; errors of layers are those before it. choices: of ``bits_budget``, by site."""
 
     config: dict
     layers: list[LayerRecord] = dataclasses.field(default_factory=list)
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
     blocks: list[BlockRecord] = dataclasses.field(default_factory=list)
+    choices: list[Choice] = dataclasses.field(default_factory=list)
 
     @property
     def bits_per_weight(self) -> float:
@@ -73,7 +88,8 @@ class Report:
         """The inverse of :meth:`to_dict`. Raises KeyError, TypeError or ValueError on what is no report."""
         layers = [check_types(LayerRecord(**{**layer, "shape": tuple(layer["shape"])})) for layer in data["layers"]]
         blocks = [check_types(BlockRecord(**block)) for block in data.get("blocks", [])]
-        found = Report(dict(data["config"]), layers, dict(data["skipped"]), list(data["notes"]), blocks)
+        choices = [_checked_choice(Choice(**choice)) for choice in data.get("choices", [])]
+        found = Report(dict(data["config"]), layers, dict(data["skipped"]), list(data["notes"]), blocks, choices)
         if not all(isinstance(text, str) for text in [*found.skipped.values(), *found.notes]):
             raise TypeError("a reason or a note is no text")
         return found
@@ -124,10 +140,23 @@ class Report:
             verdict = "kept" if block.kept else "not kept"
             change = f"held-out error {block.before:.3g} -> {block.after:.3g}"
             console.print(f"tuned {block.name}: {change}, {verdict}", markup=False, highlight=False)
+        for choice in self.choices:
+            measured = ", ".join(f"{scheme} {loss:.2g}" for scheme, loss in choice.measured.items())
+            what = f"{choice.scheme} rank {choice.rank}, {choice.bits:.2f} bits, divergence {choice.loss:.2g}"
+            console.print(f"chose {choice.name}: {what} (measured: {measured})", markup=False, highlight=False)
         for note in self.notes:
             console.print(f"note: {note}", markup=False, highlight=False)
         summary = f"{len(self.layers)} layers quantized at {self.bits_per_weight:.2f} bits per weight"
         console.print(f"{summary}, {len(self.skipped)} skipped")
+
+
+def _checked_choice(choice: Choice) -> Choice:
+    numbers = all(isinstance(k, str) and isinstance(v, int | float) for k, v in choice.measured.items())
+    fields = (choice.name, choice.scheme, choice.rank, choice.bits, choice.loss)
+    kinds = (str, str, int, int | float, int | float)
+    if not numbers or not all(isinstance(*pair) for pair in zip(fields, kinds, strict=True)):
+        raise TypeError(f"choice of {choice.name!r} is {choice!r}")
+    return choice
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,8 +105,12 @@ def _affordable(problem: SiteProblem, rotation: torch.Tensor) -> bool:
 
     Each linear stores it, unless a neighbour absorbs it; the signs of a Hadamard take none.
     """
-    stored = 16 * rotation.numel() * len(problem.weights)
-    return problem.head_dim > 0 or stored <= ROTATION_BUDGET * 4 * sum(w.numel() for w in problem.weights)
+    return problem.head_dim > 0 or affordable_rotation(len(rotation), problem.weights)
+
+
+def affordable_rotation(block: int, weights: list[torch.Tensor]) -> bool:
+    """Whether a (block, block) matrix beside each of the weights keeps to ROTATION_BUDGET."""
+    return 16 * block**2 * len(weights) <= ROTATION_BUDGET * 4 * sum(w.numel() for w in weights)
 
 
 def learning_rows(problem: SiteProblem) -> torch.Tensor:
