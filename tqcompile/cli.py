@@ -94,14 +94,37 @@ def evaluate(
     ] = "stdlib",
     windows: Annotated[int, typer.Option(help="At most this many windows of the text.")] = 64,
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    tasks: Annotated[str, typer.Option(help="Instead of a text: tasks of lm-eval, comma-separated.")] = "",
+    limit: Annotated[int | None, typer.Option(help="With --tasks: at most so many examples a task.")] = None,
     device: Annotated[str, typer.Option(help="Where to run, e.g. cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
     json: Annotated[Path | None, typer.Option(help="Also write the result to this file.")] = None,
 ) -> None:
-    """Perplexity of a causal language model on a text."""
-    from tqcompile.commands.evaluate import run
+    """Perplexity of a causal language model on a text, or its results in tasks."""
+    from tqcompile.commands import evaluate
+    from tqcompile.commands import tasks as harness
 
-    run(model, text, windows, seq_len, dtype, device, json)
+    if tasks:
+        harness.run(model, [task.strip() for task in tasks.split(",")], limit, dtype, device, json)
+    else:
+        evaluate.run(model, text, windows, seq_len, dtype, device, json)
+
+
+@app.command()
+def bench(
+    model: Annotated[Path, typer.Argument(help="A tqcompile checkpoint, or the original model to compare with.")],
+    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 128,
+    new: Annotated[int, typer.Option(help="Tokens decoded behind it, one at a time.")] = 32,
+    batch: Annotated[int, typer.Option(help="Prompts at a time.")] = 1,
+    compiled: Annotated[bool, typer.Option(help="With torch.compile and the twinquant backend.")] = False,
+    device: Annotated[str, typer.Option(help="Where to run, e.g. cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    json: Annotated[Path | None, typer.Option(help="Also write the result to this file.")] = None,
+) -> None:
+    """Tokens per second of prefill and of decoding on this machine."""
+    from tqcompile.commands.bench import run
+
+    run(model, prompt, new, batch, compiled, dtype, device, json)
 
 
 @app.command()

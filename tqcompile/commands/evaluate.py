@@ -29,7 +29,7 @@ def run(
         ConfigError: windows that are empty or longer than the model's positions.
     """
     settings = files.read_settings(directory)
-    _check_causal(settings, directory)
+    check_causal(settings, directory)
     if windows < 1 or seq_len < 2:
         raise ConfigError(f"--windows must be positive and --seq-len at least 2, got {windows}, {seq_len}")
     longest = (settings.get("text_config") or settings).get("max_position_embeddings")
@@ -68,9 +68,10 @@ def run(
     return result
 
 
-def _check_causal(settings: dict[str, Any], directory: Path) -> None:
+def check_causal(settings: dict[str, Any], directory: Path) -> None:
+    """Raise ModelError when a model directory holds no causal language model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     name = settings["architectures"][0]
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        raise ModelError(f"{directory} holds a {name}; perplexity is a matter of causal language models.")
+        raise ModelError(f"{directory} holds a {name}; this command is for causal language models.")
