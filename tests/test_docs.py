@@ -33,7 +33,7 @@ def test_the_examples_run_in_order(tmp_path, monkeypatch):
         name, *arguments = shlex.split(line)[1:]
         result = CliRunner().invoke(app, [name, *arguments, *FAST.get(name, [])])
         assert result.exit_code == 0, (line, result.output, result.exception)
-    assert (tmp_path / "report.html").read_text().count("<figure") == 4
+    assert (tmp_path / "report.html").read_text().count("<figure") == 6
     namespace = {"MODEL_DIR": demo.MODEL_DIR}
     printed = io.StringIO()
     examples = [*blocks("quickstart.md", "python"), *blocks("choosing.md", "python")]

@@ -10,9 +10,11 @@ from tiny_models import SETTINGS, tiny, tokens
 
 import tqcompile
 from tqcompile.commands import html_report
-from tqcompile.errors import CheckpointError, ModelError
+from tqcompile.commands import report as report_command
+from tqcompile.commands.report import SPEED_FIELDS
+from tqcompile.errors import CheckpointError, ConfigError, ModelError
 from tqcompile.ops.quantize_activation import transform_activation
-from tqcompile.reporting import BlockRecord, LayerRecord, Report, sensitivity
+from tqcompile.reporting import SPREAD_RANGE, BlockRecord, Choice, LayerRecord, Report, Spread, sensitivity, spread
 
 EVIL = '<script>alert(1)</script>"><img src=x>'
 
@@ -69,7 +71,8 @@ def test_the_page_holds_everything_and_needs_nothing(saved):
         assert reason in text
     for block in report.blocks:
         assert f"{block.after:.3g}" in text
-    assert found.tags.count("figure") == len(report.layers)
+    assert found.tags.count("figure") == len(report.layers) + len(report.spreads)
+    assert len(report.spreads) == 8  # qkv, o, gate and up, down of two blocks
     assert not {"script", "link", "img", "iframe", "object"} & set(found.tags)
     # Nothing is fetched: the only address is the name of SVG's namespace.
     assert set(re.findall(r"https?://[^\"]*", source)) == {"http://www.w3.org/2000/svg"}
@@ -119,7 +122,10 @@ def test_layers_are_ranked_by_squared_error_per_bit():
 def test_what_a_checkpoint_says_is_text(tmp_path):
     layer = LayerRecord(EVIL, (2, 2), EVIL, 2, 0.1, 4.0, EVIL, 1.0)
     report = Report({"scheme": EVIL, EVIL: 1}, [layer], {EVIL: EVIL}, [EVIL], [BlockRecord(EVIL, 1.0, 0.5, True, 1.0)])
-    source = html_report.page(report, tmp_path)
+    report.choices.append(Choice(EVIL, EVIL, 8, 4.0, 0.1, {EVIL: 0.1}))
+    report.spreads.append(Spread(EVIL, [1, 2], [3, 4], 1.0, 1.0))
+    speed = dict.fromkeys(SPEED_FIELDS, EVIL) | {"prefill_tokens_per_second": 1.0, "decode_tokens_per_second": 2.0}
+    source = html_report.page(report, tmp_path, speeds=[speed])
     assert "script" not in Page(source).tags
     assert "<script" not in source
     assert "<img" not in source
@@ -148,7 +154,47 @@ def test_a_histogram_counts_every_value():
     drawn = html_report._figure("w", None, values)
     points = re.search(r'points="([^"]*)"', drawn)[1].split()
     low = [i for i, point in enumerate(points) if float(point.split(",")[1]) < 95.9]
-    width = 2 * html_report.RANGE / html_report.BINS
-    centres = [-html_report.RANGE + (i + 0.5) * width for i in low]
+    width = 2 * SPREAD_RANGE / html_report.BINS
+    centres = [-SPREAD_RANGE + (i + 0.5) * width for i in low]
     assert [abs(abs(c) - 1) <= width for c in centres] == [True, True]
     assert ">1.0<" in drawn
+
+
+def test_the_spread_of_inputs_is_in_units_of_their_root_mean_square():
+    x = torch.randn(500, 16, generator=torch.Generator().manual_seed(5)) * 7
+    x[3, 2] = 1e4
+    after = torch.full((500, 16), -2.0)
+    found = spread("s", x, after)
+    unit = float(x.double().square().mean().sqrt())
+    assert found.peak_before == pytest.approx(1e4 / unit, rel=1e-4)
+    assert found.peak_after == pytest.approx(1.0)
+    assert sum(found.before) == sum(found.after) == x.numel()
+    width = 2 * SPREAD_RANGE / len(found.after)
+    (index,) = [i for i, count in enumerate(found.after) if count]
+    assert abs(-SPREAD_RANGE + (index + 0.5) * width + 1) <= width
+    assert found.before[-1] >= 1  # what is out of range counts at the end
+    assert Report.from_dict(Report({}, spreads=[found]).to_dict()).spreads == [found]
+    for change in ({"before": []}, {"after": ["1"]}, {"peak_after": "1"}, {"before": 3}):
+        with pytest.raises(TypeError):
+            Report.from_dict(Report({}, spreads=[Spread(**{**vars(found), **change})]).to_dict())
+
+
+def test_only_a_transform_changes_what_is_drawn_of_inputs(saved):
+    _, model = saved
+    down = [s for s in tqcompile.report(model).spreads if "down_proj" in s.name]
+    assert len(down) == 2
+    for found in down:
+        if tqcompile.report(model).config["scheme"] == "rtn-w4a16":
+            assert found.before == found.after
+        else:
+            assert found.before != found.after
+
+
+def test_speeds_of_bench_become_a_table(tmp_path):
+    good = dict.fromkeys(SPEED_FIELDS, 1) | {"prefill_tokens_per_second": 12.34, "decode_tokens_per_second": 5.0}
+    assert "12.3" in " ".join(Page(html_report.page(Report({}), tmp_path, speeds=[good])).text)
+    for number, text in enumerate(("{}", "[1]", "no", json.dumps({**good, "decode_tokens_per_second": "x"}))):
+        path = tmp_path / f"{number}.json"
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="is no result of tqcompile bench"):
+            report_command.run(tmp_path, speeds=[path])

@@ -136,11 +136,14 @@ def report(
     original: Annotated[
         Path | None, typer.Option(help="The original model, for its weights' histograms in the page.")
     ] = None,
+    bench: Annotated[
+        list[Path] | None, typer.Option(help="A file of `bench --json`, for the page's table of speeds; repeatable.")
+    ] = None,
 ) -> None:
     """What was done to every layer, and which layers to leave at more bits."""
     from tqcompile.commands.report import run
 
-    run(model, html, csv, json, original)
+    run(model, html, csv, json, original, bench or ())
 
 
 @app.command()

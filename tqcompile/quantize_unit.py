@@ -30,7 +30,7 @@ from tqcompile.passes.online_cost import online_cost
 from tqcompile.passes.plan import Absorber, Site
 from tqcompile.passes.replace_linear import Journal
 from tqcompile.progress import Progress
-from tqcompile.reporting import BlockRecord, LayerRecord, Report, output_error, stored_bits
+from tqcompile.reporting import BlockRecord, LayerRecord, Report, output_error, spread, stored_bits
 
 # A head's rotation is absorbed if it mixes at least this many channels; smaller ones stay on-line in larger blocks.
 MIN_HEAD = 32
@@ -159,6 +159,9 @@ def _replace_site(job: Job, work: _Solved) -> dict[str, QuantizedLinear]:
     problem, site, solution = work.problem, work.site, work.solution
     scale, rotation = work.scale_absorber is not None, work.rotation_absorber is not None
     quantized = [absorbed(result, scale, rotation) for result in solution.quantized]
+    if problem.statistics is not None:
+        seen = problem.statistics.held_out
+        job.report.spreads.append(spread(site.name, seen, solution.transform.activations(seen)))
     for name, weight, result in zip(site.linears, problem.weights, quantized, strict=True):
         layer, error = filled_layer(result), None
         if problem.statistics is not None:

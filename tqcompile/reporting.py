@@ -13,6 +13,8 @@ from tqcompile.checkpoint_files import check_types
 from tqcompile.errors import ModelError
 from tqcompile.modules import Int8Linear, TwinLinear
 
+SPREAD_RANGE, SPREAD_BINS = 8.0, 48
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerRecord:
@@ -62,10 +64,43 @@ class Choice:
     measured: dict[str, float]
 
 
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """How the held-out inputs of a site are distributed. before, after: counts in SPREAD_BINS equal bins over -8 to 8
+    root mean squares, outer ones at the ends, of what the site read and of what its linears read once transformed.
+    peak_before, peak_after: the largest magnitude, in the same unit."""
+
+    name: str
+    before: list[int]
+    after: list[int]
+    peak_before: float
+    peak_after: float
+
+
+def spread(name: str, before: torch.Tensor, after: torch.Tensor) -> Spread:
+    """The spread of (T, K) inputs before and after their transform."""
+    counts, peaks = [], []
+    for x in (before.float(), after.float()):
+        unit = x.square().mean().sqrt().clamp_min(1e-30)
+        scaled = (x / unit).clamp(-SPREAD_RANGE, SPREAD_RANGE)
+        counts.append([int(n) for n in torch.histc(scaled, SPREAD_BINS, -SPREAD_RANGE, SPREAD_RANGE)])
+        peaks.append(float(x.abs().max() / unit))
+    return Spread(name, *counts, *peaks)
+
+
+def _checked_spread(found: Spread) -> Spread:
+    counts = all(isinstance(c, list) and c and all(isinstance(n, int) for n in c) for c in (found.before, found.after))
+    peaks = all(isinstance(peak, int | float) for peak in (found.peak_before, found.peak_after))
+    if not (counts and peaks and isinstance(found.name, str)):
+        raise TypeError(f"spread of {found.name!r} is {found!r}")
+    return found
+
+
 @dataclasses.dataclass
 class Report:
     """layers: quantized linears. skipped: name -> reason. notes: facts about the whole run. config: the settings.
-    blocks: what block tuning did; errors of layers are those before it. choices: of ``bits_budget``, by site."""
+    blocks: what block tuning did; errors of layers are those before it. choices: of ``bits_budget``, by site.
+    spreads: of the inputs, by site."""
 
     config: dict
     layers: list[LayerRecord] = dataclasses.field(default_factory=list)
@@ -73,6 +108,7 @@ class Report:
     notes: list[str] = dataclasses.field(default_factory=list)
     blocks: list[BlockRecord] = dataclasses.field(default_factory=list)
     choices: list[Choice] = dataclasses.field(default_factory=list)
+    spreads: list[Spread] = dataclasses.field(default_factory=list)
 
     @property
     def bits_per_weight(self) -> float:
@@ -89,7 +125,9 @@ class Report:
         layers = [check_types(LayerRecord(**{**layer, "shape": tuple(layer["shape"])})) for layer in data["layers"]]
         blocks = [check_types(BlockRecord(**block)) for block in data.get("blocks", [])]
         choices = [_checked_choice(Choice(**choice)) for choice in data.get("choices", [])]
-        found = Report(dict(data["config"]), layers, dict(data["skipped"]), list(data["notes"]), blocks, choices)
+        spreads = [_checked_spread(Spread(**found)) for found in data.get("spreads", [])]
+        lists = (dict(data["skipped"]), list(data["notes"]), blocks, choices, spreads)
+        found = Report(dict(data["config"]), layers, *lists)
         if not all(isinstance(text, str) for text in [*found.skipped.values(), *found.notes]):
             raise TypeError("a reason or a note is no text")
         return found

@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from tqcompile import checkpoint
 from tqcompile.errors import CheckpointError, ModelError
 from tqcompile.ops.packing import dequantize_int4
-from tqcompile.reporting import Report, sensitivity
+from tqcompile.reporting import SPREAD_RANGE, Report, sensitivity
 
 HISTOGRAMS = 24  # layers that are drawn, those of the largest error
 SAMPLE = 1 << 20  # weights of a layer that a histogram counts
-RANGE, BINS = 8.0, 64  # in units of the root mean square
+BINS = 64
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777", "#dd8844")
 _STYLE = """
 body { font: 14px/1.5 system-ui, sans-serif; max-width: 1280px; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -32,12 +32,13 @@ figcaption { font-size: 12px; } .note { color: #555; max-width: 70em; }
 """
 
 
-def page(report: Report, directory: Path, original: Path | None = None) -> str:
+def page(report: Report, directory: Path, original: Path | None = None, speeds: Sequence[dict] = ()) -> str:
     """The page of a checkpoint's report.
 
     Args:
         directory: the checkpoint, whose weights are read one layer at a time for the histograms. original: the model it
-            was made from, for the histograms of its weights; None leaves these out.
+            was made from, for the histograms of its weights; None leaves these out. speeds: results of ``tqcompile
+            bench`` for the table of speeds.
     Raises:
         CheckpointError, ModelError: a file of either directory cannot be read.
     """
@@ -48,7 +49,10 @@ def page(report: Report, directory: Path, original: Path | None = None) -> str:
         _summary(report, directory),
         *_errors(report),
         *_ranking(report),
+        *_choices(report),
         *_histograms(report, directory, original),
+        *_inputs(report),
+        *_speed(speeds),
         *_blocks(report),
         "<h2>Layers</h2>",
         _layers(report),
@@ -219,11 +223,57 @@ def _histograms(report: Report, directory: Path, original: Path | None) -> Itera
         "stored, in the transformed basis. Grey: the original weights"
         + (" (pass <code>--original DIR</code> to see them)" if original is None else "")
         + ". Counts on a logarithmic scale; the unit is the root mean square, the number the largest magnitude in it: "
-        "the smaller, the better four bits fit. Activations are not stored, so there are no histograms of them.</p>"
+        "the smaller, the better four bits fit.</p>"
     )
     yield "".join(drawn)
     if left:
         yield f'<p class="note">Not drawn, no 4-bit residual of the usual form: {_text(", ".join(left))}</p>'
+
+
+def _inputs(report: Report) -> Iterator[str]:
+    if not report.spreads:
+        return
+    errors = {layer.name: layer.error or 0 for layer in report.layers}
+    order = sorted(report.spreads, key=lambda found: -errors.get(found.name.split(" ")[0], 0))[:HISTOGRAMS]
+    yield "<h2>Inputs before and after the transform</h2>"
+    yield (
+        f'<p class="note">Held-out inputs of the {len(order)} sites of the largest error. Grey: what the site reads. '
+        "Blue: what is rounded, scaled and rotated. Scales as above.</p>"
+    )
+    yield "".join(
+        _plot(found.name, [("#999999", found.before, found.peak_before), (COLOURS[0], found.after, found.peak_after)])
+        for found in order
+    )
+
+
+def _choices(report: Report) -> Iterator[str]:
+    if report.choices:
+        yield "<h2>What the budget was spent on</h2>"
+        yield (
+            '<p class="note">divergence: estimated, of the model\'s output with this site alone quantized so. '
+            "measured: the same at each number of weight bits, in closed form at the rank of the settings.</p>"
+        )
+        rows = (
+            (
+                c.name,
+                c.scheme,
+                c.rank,
+                _number(c.bits, 2),
+                f"{c.loss:.2g}",
+                ", ".join(f"{scheme} {loss:.2g}" for scheme, loss in c.measured.items()),
+            )
+            for c in report.choices
+        )
+        yield _table(("site", "scheme", "rank", "bits, at most", "divergence", "measured"), rows, text=(5,))
+
+
+def _speed(speeds: Sequence[dict]) -> Iterator[str]:
+    if speeds:
+        yield "<h2>Speed</h2>"
+        names = ("model", "compiled", "device", "threads", "dtype", "batch", "prompt", "new")
+        rates = ("prefill_tokens_per_second", "decode_tokens_per_second")
+        rows = ([*(s[name] for name in names), *(_number(s[name], 1) for name in rates)] for s in speeds)
+        yield _table((*names, "prefill tokens/s", "decode tokens/s"), rows)
 
 
 class _Tensors:
@@ -274,18 +324,25 @@ def _sample(rows: int, columns: int) -> torch.Tensor:
 
 def _figure(name: str, before: torch.Tensor | None, after: torch.Tensor) -> str:
     """Histograms of one layer's weights in units of their root mean square, and the largest magnitude in it."""
-    parts = [("#999999", before), (COLOURS[0], after)]
+    parts = []
+    for colour, values in (("#999999", before), (COLOURS[0], after)):
+        if values is not None:
+            unit = values.square().mean().sqrt().clamp_min(1e-30)
+            counts = torch.histc((values / unit).clamp(-SPREAD_RANGE, SPREAD_RANGE), BINS, -SPREAD_RANGE, SPREAD_RANGE)
+            parts.append((colour, counts.tolist(), float(values.abs().max() / unit)))
+    return _plot(name, parts)
+
+
+def _plot(name: str, parts: Sequence[tuple[str, Sequence[float], float]]) -> str:
+    """Histograms over one another: (colour, counts, largest magnitude) each."""
     lines, labels = [], []
-    for index, (colour, values) in enumerate(parts):
-        if values is None:
-            continue
-        unit = values.square().mean().sqrt().clamp_min(1e-30)
-        counts = torch.histc((values / unit).clamp(-RANGE, RANGE), BINS, -RANGE, RANGE)
-        heights = (1 + counts).log10() / math.log10(1 + max(10.0, float(counts.max())))
-        points = " ".join(f"{4 + 232 * i / (BINS - 1):.1f},{96 - 84 * h:.1f}" for i, h in enumerate(heights.tolist()))
+    for index, (colour, counts, size) in enumerate(parts):
+        top, width = math.log10(1 + max(10.0, *counts)), 232 / max(1, len(counts) - 1)
+        points = " ".join(
+            f"{4 + width * i:.1f},{96 - 84 * math.log10(1 + max(0, n)) / top:.1f}" for i, n in enumerate(counts)
+        )
         lines.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        size = float(values.abs().max() / unit)
         labels.append(f'<text x="236" y="{14 + 13 * index}" text-anchor="end" style="fill:{colour}">{size:.1f}</text>')
     axis = '<line x1="4" x2="236" y1="96" y2="96" stroke="#ccc"/>'
-    drawing = _svg(240, 100, axis + "".join(lines) + "".join(labels), f"weights of {name}")
+    drawing = _svg(240, 100, axis + "".join(lines) + "".join(labels), f"histograms of {name}")
     return f'<figure style="width:240px">{drawing}<figcaption>{_text(name)}</figcaption></figure>'

@@ -1,6 +1,7 @@
 """``tqcompile report``: what was done to every layer of a checkpoint; reads its manifest, and weights for the plots."""
 
 import json as json_module
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -9,10 +10,11 @@ from rich.table import Table
 
 from tqcompile import checkpoint
 from tqcompile.commands import files
-from tqcompile.errors import CheckpointError
+from tqcompile.errors import CheckpointError, ConfigError
 from tqcompile.reporting import Report, Sensitivity, sensitivity
 
 SHOWN = 10
+SPEED_FIELDS = ("model", "compiled", "device", "threads", "dtype", "batch", "prompt", "new")
 
 
 def read(directory: Path) -> Report:
@@ -36,10 +38,15 @@ def run(
     csv: Path | None = None,
     json: Path | None = None,
     original: Path | None = None,
+    speeds: Sequence[Path] = (),
 ) -> Report:
-    """Print the report and the sensitivity ranking; write them as HTML, CSV or JSON where asked."""
+    """Print the report and the sensitivity ranking; write them as HTML, CSV or JSON where asked.
+
+    speeds: files that ``tqcompile bench --json`` wrote, for a table in the page.
+    """
     for path, option in ((html, "--html"), (csv, "--csv"), (json, "--json")):
         files.check_file(path, option)
+    measured = [_read_speed(path) for path in speeds]
     report = read(directory)
     print(report)
     ranking = sensitivity(report)
@@ -48,11 +55,23 @@ def run(
     if html is not None:
         from tqcompile.commands.html_report import page
 
-        files.write_text(html, page(report, directory, original))
+        files.write_text(html, page(report, directory, original, measured))
     if csv is not None:
         report.to_csv(csv)
     files.write_json(json, {**report.to_dict(), "sensitivity": [vars(entry) for entry in ranking]})
     return report
+
+
+def _read_speed(path: Path) -> dict:
+    """A result of ``tqcompile bench``. Raises ConfigError when the file is none."""
+    try:
+        found = json_module.loads(path.read_text(encoding="utf-8"))
+        rates = [found[f"{name}_tokens_per_second"] for name in ("prefill", "decode")]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"--bench {path} is no result of tqcompile bench --json ({error!r})") from error
+    if not all(isinstance(rate, int | float) for rate in rates) or not found.keys() >= set(SPEED_FIELDS):
+        raise ConfigError(f"--bench {path} is no result of tqcompile bench --json")
+    return found
 
 
 def print_ranking(ranking: list[Sensitivity]) -> None:
