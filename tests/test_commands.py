@@ -151,7 +151,7 @@ REFUSALS = {
     "code of the model's own": (
         ModelError,
         lambda t: ["eval", plain_directory(t / "m", architectures=["Evil"], auto_map={"AutoModel": "evil.Evil"})],
-        "Evil; perplexity is a matter of causal",
+        "Evil; this command is for causal",
     ),
     "broken JSON": (ModelError, lambda t: ["eval", _broken(plain_directory(t / "m"))], "is not valid JSON"),
     "another tool's": (
@@ -331,3 +331,16 @@ def test_errors_end_in_one_line_and_a_code():
     assert len(done.stderr.splitlines()) == 1
     done = subprocess.run([*command[:3], "quantize"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
+
+
+def test_quantize_takes_overrides_and_a_budget(tmp_path):
+    mixed = ["--scheme", "gptq-w3a16", "--bits-budget", "3.4", "--override", "v_proj scheme=gptq-w2a16"]
+    arguments = ["quantize", demo.MODEL_DIR, "--calib", "stdlib", "--out", tmp_path / "q", *QUICK, *mixed]
+    run(*arguments, "--json", tmp_path / "q.json")
+    report = json.loads((tmp_path / "q.json").read_text())["report"]
+    assert report["bits_per_weight"] <= 3.4
+    schemes = {layer["name"].rpartition(".")[2]: layer["scheme"] for layer in report["layers"]}
+    assert schemes["v_proj"] == "gptq-w2a16"
+    assert schemes["q_proj"] == schemes["k_proj"]
+    assert len(report["choices"]) == 3
+    assert tqcompile.load(tmp_path / "q").model.layers[0].self_attn.v_proj.spec.weight_bits == 2
