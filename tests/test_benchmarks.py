@@ -280,3 +280,22 @@ def test_the_bounds_hold_for_the_definitions_and_catch_what_is_left_out(kernels,
     if rank:
         off = (*operands[:2], operands[2] * 1.02, operands[3])
         assert worst_plain_prologue(off, x, *given[3:7], act_bits, ours.ratio)["t"] > 1
+
+
+def test_mixed_gives_the_budget_the_average_of_the_uniform_model(monkeypatch, tmp_path, capsys):
+    accuracy = script("accuracy")
+    monkeypatch.setitem(sys.modules, "accuracy", accuracy)
+    mixed, asked = script("mixed"), []
+
+    def run_all(runs, args):
+        asked.append(runs)
+        return {r.key(): {"bits": 3.25, "perplexity": 7.5 if "bits_budget" in dict(r.settings) else 8.0} for r in runs}
+
+    monkeypatch.setattr(accuracy, "run_all", run_all)
+    monkeypatch.setattr(sys, "argv", ["mixed.py", "--schemes", "gptq-w3a16,twin-w4a8", "--seeds", "0,1"])
+    mixed.main()
+    uniform, chosen = asked
+    assert [run.scheme for run in uniform] == ["fp32", "gptq-w3a16", "gptq-w3a16", "twin-w4a8", "twin-w4a8"]
+    assert [(run.scheme, run.seed) for run in chosen] == [(run.scheme, run.seed) for run in uniform[1:]]
+    assert all(dict(run.settings) == {"steps": 0, "tune": 0, "bits_budget": 3.25} for run in chosen)
+    assert "| gptq-w3a16 | 1 | 3.250 | 8.0000 | 3.250 | 7.5000 |" in capsys.readouterr().out
