@@ -9,6 +9,7 @@ takes them for independent. Everything is as deterministic as quantizing itself.
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,10 @@ from tqcompile.reporting import Choice, Report, stored_bits
 
 RANKS = (8, 16, 32, 64, 128)
 WEIGHT_BITS = (2, 3, 4)
-# Positions of the held-out data at which outputs are compared.
+# Outputs are compared on held-out sequences of about this many positions in all ...
 POSITIONS = 4096
+# ... and at so many of them that no more values than this are kept: logits of a large vocabulary are large.
+KEPT = 1 << 26
 # The budget is spent in so many steps; every cost is rounded up to one.
 STEPS = 20_000
 
@@ -205,16 +208,17 @@ class _Probe:
     squared error of an output that is no logits."""
 
     def __init__(self, model: nn.Module, batches: list[Batch]):
-        self._model, self._batches, positions = model, [], 0
-        for batch in batches[-max(1, held_out_batches(len(batches))) :]:
-            self._batches.append(batch)
-            positions += max(v.numel() for v in batch.values() if isinstance(v, torch.Tensor))
+        self._model, self._inputs, positions = model, [], 0
+        held_out = batches[-max(1, held_out_batches(len(batches))) :]
+        for sequence in (sequence for batch in held_out for sequence in _sequences(batch)):
+            self._inputs.append(sequence)
+            positions += max(v.numel() for v in sequence.values() if isinstance(v, torch.Tensor))
             if positions >= POSITIONS:
                 break
-        self._exact = [self._output(batch) for batch in self._batches]
+        self._exact = [self._output(sequence) for sequence in self._inputs]
 
     def divergence(self) -> float:
-        parts = [self._compare(exact, self._output(b)) for exact, b in zip(self._exact, self._batches, strict=True)]
+        parts = [self._compare(exact, self._output(s)) for exact, s in zip(self._exact, self._inputs, strict=True)]
         return float(torch.cat(parts).mean())
 
     def _output(self, batch: Batch) -> tuple[torch.Tensor, bool]:
@@ -227,6 +231,8 @@ class _Probe:
         if isinstance(mask, torch.Tensor) and mask.shape == rows.shape[:-1]:
             rows = rows[mask.to(rows.device).bool()]
         rows = rows.reshape(-1, rows.shape[-1])
+        count = max(1, min(len(rows), KEPT // (rows.shape[-1] * len(self._inputs))))
+        rows = rows[torch.linspace(0, len(rows) - 1, count, device=rows.device).long()]
         return (rows.log_softmax(-1), True) if logits is not None else (rows, False)
 
     @staticmethod
@@ -235,6 +241,16 @@ class _Probe:
         if is_log:
             return (p.exp() * (p - q)).sum(-1)
         return (q - p).square().sum(-1) / p.square().sum(-1).mean().clamp_min(1e-30)
+
+
+def _sequences(batch: Batch) -> Iterator[Batch]:
+    """The rows of a batch one by one, which keeps the logits of one of them in memory."""
+    size = next(len(v) for v in batch.values() if isinstance(v, torch.Tensor) and v.dim())
+    for i in range(size):
+        yield {
+            n: v[i : i + 1] if isinstance(v, torch.Tensor) and v.dim() and len(v) == size else v
+            for n, v in batch.items()
+        }
 
 
 def _first_tensor(out: Any) -> torch.Tensor:
