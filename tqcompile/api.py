@@ -43,7 +43,7 @@ def compile(
     tokenizer: Any = None,
     backend: str | None = "auto",
     progress: bool = True,
-    **overrides: Any,
+    **settings: Any,
 ) -> nn.Module:
     """Quantize the linear layers of a model in place.
 
@@ -51,7 +51,7 @@ def compile(
         model: any ``nn.Module``; Hugging Face models keep ``.generate()`` and ``save_pretrained``.
         calib_data: texts (with ``tokenizer``), token-id lists, a [B, S] tensor, dicts of model arguments, a
             DataLoader or other iterable of these, or a Hugging Face Dataset. None quantizes without data.
-        scheme: e.g. ``"twin-w4a8"``; see ``tqcompile.SCHEMES``. config: all settings; overrides: single settings.
+        scheme: e.g. ``"twin-w4a8"``; see ``tqcompile.SCHEMES``. config: all settings; settings: single ones.
         backend: "twinquant" compiles the result in place with torch.compile, None leaves it eager, "auto" compiles
             where the model is on a GPU.
         progress: show a progress bar on stderr.
@@ -61,7 +61,7 @@ def compile(
         ConfigError, ModelError, CalibrationError, NumericError: named with the module or setting at fault; the
             model is then as it was.
     """
-    config = _resolve(config, scheme, overrides)
+    config = _resolve(config, scheme, settings)
     if backend not in ("auto", "twinquant", None):
         raise ConfigError(f"backend must be 'auto', 'twinquant' or None, got {backend!r}")
     with _frozen_while_working(model) as journal:
@@ -85,7 +85,7 @@ def attach_recipe(
     config: Config | None = None,
     tokenizer: Any = None,
     progress: bool = True,
-    **overrides: Any,
+    **settings: Any,
 ) -> Report:
     """Calibrate a model for ``torch.compile(model, backend="twinquant")`` and leave it as it is.
 
@@ -94,7 +94,7 @@ def attach_recipe(
 
     Arguments and errors are those of :func:`compile`. Returns the report.
     """
-    config = _resolve(config, scheme, overrides)
+    config = _resolve(config, scheme, settings)
     for name, kept in (("lm_head", "keep"), ("rotate_stream", False)):
         if getattr(config, name) != kept:
             value = getattr(config, name)
@@ -138,12 +138,12 @@ def _frozen_while_working(model: nn.Module) -> Iterator[Journal]:
         raise
 
 
-def _resolve(config: Config | None, scheme: str | None, overrides: dict[str, Any]) -> Config:
+def _resolve(config: Config | None, scheme: str | None, settings: dict[str, Any]) -> Config:
     if config is not None and not isinstance(config, Config):
         raise ConfigError(f"config must be a tqcompile.Config, got {type(config).__name__}")
     if scheme is not None:
-        overrides = {**overrides, "scheme": scheme}
-    return (config or Config()).replace(**overrides)
+        settings = {**settings, "scheme": scheme}
+    return (config or Config()).replace(**settings)
 
 
 def _quantize(
