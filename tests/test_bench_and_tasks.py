@@ -58,17 +58,19 @@ def harness(monkeypatch):
     given = {}
     package, models = types.ModuleType("lm_eval"), types.ModuleType("lm_eval.models")
     module = types.ModuleType("lm_eval.models.huggingface")
+    registry = types.ModuleType("lm_eval.tasks")
+    registry.TaskManager = lambda: types.SimpleNamespace(match_tasks=lambda names: set(names) & {"arc_easy", "piqa"})
     package.__version__ = "0"
     module.HFLM = lambda **kwargs: given.setdefault("lm", kwargs)
 
-    def simple_evaluate(model, tasks, limit):
+    def simple_evaluate(model, tasks, limit, task_manager):
         given.update(model=model, tasks=tasks, limit=limit)
         return {"results": {task: {"alias": task, "acc,none": 0.25} for task in tasks}}
 
     package.simple_evaluate = simple_evaluate
     package.__spec__ = types.SimpleNamespace(name="lm_eval")
-    for name, stub in (("lm_eval", package), ("lm_eval.models", models), ("lm_eval.models.huggingface", module)):
-        monkeypatch.setitem(sys.modules, name, stub)
+    for stub in (package, models, module, registry):
+        monkeypatch.setitem(sys.modules, stub.__name__, stub)
     return given
 
 
@@ -86,4 +88,11 @@ def test_tasks_go_to_the_harness_with_model_and_tokenizer(harness, tmp_path):
 def test_tasks_must_have_names(harness):
     with pytest.raises(ConfigError, match="names no task"):
         tasks.run(demo.MODEL_DIR, ["arc_easy", ""], None)
+    assert not harness
+
+
+def test_an_unknown_task_is_refused_before_the_model_is_read(harness, monkeypatch):
+    monkeypatch.setattr(tasks.files, "load_model", lambda *_: pytest.fail("the model was read"))
+    with pytest.raises(ConfigError, match="no task no_such_task"):
+        tasks.run(demo.MODEL_DIR, ["piqa", "no_such_task"], None)
     assert not harness

@@ -22,7 +22,8 @@ def run(
     """Results of ``tasks`` as the harness gives them: task -> metric -> value.
 
     Raises:
-        ConfigError: lm_eval is not installed, or no task is named. ModelError: no causal language model.
+        ConfigError: lm_eval is not installed, no task is named, or it has no such task. ModelError: no causal language
+            model.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("--tasks needs lm-eval, which is not installed here: pip install lm-eval")
@@ -33,9 +34,15 @@ def run(
     files.check_file(json, "--json")
     import lm_eval
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
+    manager = TaskManager()
+    unknown = [name for name in tasks if not manager.match_tasks([name])]
+    if unknown:  # before the weights are read
+        raise ConfigError(f"--tasks: lm-eval has no task {', '.join(unknown)}; `lm-eval ls tasks` lists them")
     model, tokenizer = files.load_model(directory, dtype, device), files.load_tokenizer(directory)
-    found = lm_eval.simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks, limit=limit)
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
+    found = lm_eval.simple_evaluate(model=wrapped, tasks=tasks, limit=limit, task_manager=manager)
     result = {
         "model": str(directory),
         "quantized": files.is_quantized(settings),
