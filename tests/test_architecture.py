@@ -19,6 +19,7 @@ LAYERS = (
     ("passes", "kernels", "recipes"),
     ("calibration", "modules", "reporting", "checkpoint", "checkpoint_files", "output_head", "block_tuning"),
     ("quantize_unit", "allocation"),
+    ("finished_blocks",),
     ("api", "backend", "hf", "exporters"),
     ("demo", "tuner", "commands", "cli", "__main__"),
 )

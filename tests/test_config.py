@@ -163,3 +163,8 @@ def test_the_first_pattern_wins():
     assert ignored_by(("lm_head", "mlp", "re:.*"), NAME) == "mlp"
     assert ignored_by(("lm_head",), NAME) is None
     assert ignored_by((), NAME) is None
+
+
+def test_a_pattern_that_would_hang_is_refused():
+    with pytest.raises(ConfigError, match=r"did not end within 1 s .* Write it without them"):
+        matches("re:(a|aa)+$", "a" * 60 + "!")

@@ -7,6 +7,7 @@ check -> load data -> capture and analyse -> per block (quantize_unit.py): calib
 import contextlib
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from tqcompile.checkpoint import quantization_config
 from tqcompile.config import Config
 from tqcompile.data import Batch, load_calibration
 from tqcompile.errors import ConfigError, ModelError
+from tqcompile.finished_blocks import FinishedBlocks, counts
 from tqcompile.methods.components import QuantizedLinear
 from tqcompile.methods.hadamard import random_hadamard
 from tqcompile.modules import QUANTIZED
@@ -43,6 +45,7 @@ def compile(
     tokenizer: Any = None,
     backend: str | None = "auto",
     progress: bool = True,
+    resume: str | Path | None = None,
     **settings: Any,
 ) -> nn.Module:
     """Quantize the linear layers of a model in place.
@@ -55,18 +58,20 @@ def compile(
         backend: "twinquant" compiles the result in place with torch.compile, None leaves it eager, "auto" compiles
             where the model is on a GPU.
         progress: show a progress bar on stderr.
+        resume: a folder for finished blocks. A run that was interrupted and is started again with the same folder,
+            model, data and settings goes on behind the last of them, and gives the same bytes. Delete it afterwards.
     Returns:
         the same model: quantized, in eval mode, parameters frozen. ``tqcompile.report(model)`` tells what was done.
     Raises:
         ConfigError, ModelError, CalibrationError, NumericError: named with the module or setting at fault; the
-            model is then as it was.
+            model is then as it was. CheckpointError: of ``resume``, a finished block cannot be written or read.
     """
     config = _resolve(config, scheme, settings)
     if backend not in ("auto", "twinquant", None):
         raise ConfigError(f"backend must be 'auto', 'twinquant' or None, got {backend!r}")
     with _frozen_while_working(model) as journal:
         transposed = replace_conv1d(model, journal)
-        _, report = _quantize(model, calib_data, tokenizer, config, journal, progress, absorb=True)
+        _, report = _quantize(model, calib_data, tokenizer, config, journal, progress, absorb=True, resume=resume)
         restore_conv1d(model, transposed, journal)
     model.requires_grad_(False)
     _mark(model, config, report)
@@ -154,8 +159,10 @@ def _quantize(
     journal: Journal,
     progress: bool,
     absorb: bool,
+    resume: str | Path | None = None,
 ) -> tuple[dict[str, QuantizedLinear], Report]:
     batches = _calibration_batches(model, calib_data, tokenizer, config)
+    finished = None if resume is None else FinishedBlocks(resume, model, batches, config)
     plan = analyze(model, _example(model, batches), leave_head(model, config))
     if not plan.sites:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(plan.skipped.items())[:5])
@@ -181,6 +188,9 @@ def _quantize(
         if batches:
             units = split_into_units(model, plan.sites, batches, targets=bool(tuned | corrected), means=corrected)
         for unit in units:
+            if finished is not None and unit.name != "model" and finished.restore(job, unit):
+                continue
+            before = counts(job)
             device = config.device or device_of(model)
             statistics = collect_statistics(model, unit, batches, device, balanced) if batches else {}
             correct = absorb and not corrected.isdisjoint(unit.sites)
@@ -191,6 +201,8 @@ def _quantize(
             if len(unit.calls) > 1 and not tuned.isdisjoint(unit.sites):
                 results = tune_unit(job, unit, results)
             quantized |= results
+            if finished is not None and unit.name != "model":
+                finished.save(job, unit, before)
     if corrected:
         report.notes.append(_correction_note(model, job, report))
     if config.lm_head != "keep":

@@ -75,6 +75,7 @@ def quantize(
     overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint that exists.")] = False,
     force: Annotated[bool, typer.Option(help="Start even if the memory will probably not do.")] = False,
     json: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on behind the last finished block of an interrupted run.")] = False,
 ) -> None:
     """Quantize a model in memory and save it with its report and tokenizer."""
     settings = {"rank": rank, "group_size": group_size, "steps": steps, "tune": tune, "samples": samples}
@@ -83,7 +84,7 @@ def quantize(
     config = Config(scheme=scheme, ignore=(*_DEFAULT.ignore, *(ignore or ())), **settings)
     from tqcompile.commands.quantize import run
 
-    run(model, calib, out, config, dtype, overwrite, force, json)
+    run(model, calib, out, config, dtype, overwrite, force, json, resume)
 
 
 @app.command("eval")

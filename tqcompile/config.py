@@ -11,6 +11,7 @@ LOW_BIT_METHODS = ("d2", "unisvq", "twin", "rtn", "gptq", "quarot")
 DEFAULT_IGNORE = ("lm_head",)
 OVERRIDABLE = ("scheme", "rank", "group_size")
 HEADS = ("keep", "w8a16", "w4a16")
+PATTERN_SECONDS = 1.0  # a regular expression may take for one name
 _SCHEME = re.compile(r"(?P<method>[a-z0-9]+)-w(?P<w>\d+)a(?P<a>\d+)")
 
 
@@ -208,7 +209,15 @@ def _check_pattern(pattern: object, setting: str) -> None:
 def matches(pattern: str, name: str) -> bool:
     """Whether a module name is matched by a pattern (see Config.ignore)."""
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
+        import regex
+
+        try:
+            return regex.fullmatch(pattern[3:], name, timeout=PATTERN_SECONDS) is not None
+        except TimeoutError as error:
+            raise ConfigError(
+                f"pattern {pattern!r} did not end within {PATTERN_SECONDS:g} s on {name!r}: repetitions inside "
+                "repetitions. Write it without them."
+            ) from error
     return f".{pattern}." in f".{name}."
 
 

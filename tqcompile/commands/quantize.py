@@ -1,5 +1,6 @@
 """``tqcompile quantize``: a model directory in, a checkpoint and its report out."""
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from rich.console import Console
 import tqcompile
 from tqcompile.commands import files, memory
 from tqcompile.config import Config
-from tqcompile.errors import ModelError
+from tqcompile.errors import ConfigError, ModelError
+
+BLOCKS = ".blocks"
 
 
 def run(
@@ -21,10 +24,12 @@ def run(
     overwrite: bool = False,
     force: bool = False,
     json: Path | None = None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Quantize the model in ``model_dir`` in memory and save it, with its tokenizer, to ``out``.
 
     Everything that can be refused is refused before the weights are read; ``out`` is written whole or not at all.
+    Finished blocks are kept in a folder beside it until then: ``resume`` goes on behind the last of an interrupted run.
     Returns what ``--json`` holds: the report, where the checkpoint lies, seconds, estimated and peak bytes.
     """
     console = Console()
@@ -34,6 +39,9 @@ def run(
     weights = files.weight_files(model_dir)
     files.check_target(out, model_dir, overwrite)
     files.check_file(json, "--json")
+    blocks = out.with_name(f"{out.name}{BLOCKS}")
+    if blocks.exists() and not resume:
+        raise ConfigError(f"{blocks} holds the finished blocks of an interrupted run. Pass --resume, or delete it.")
     if config.device is not None:
         files.check_device(config.device)
     needed = memory.estimate(model_dir, weights, settings, config, dtype)
@@ -44,12 +52,13 @@ def run(
     texts = files.calibration_texts(calib, config.samples, config.seq_len)
     model = files.load_model(model_dir, dtype, config.device or "cpu")
     began = time.perf_counter()
-    tqcompile.compile(model, texts, config=config, tokenizer=tokenizer, backend=None)
+    tqcompile.compile(model, texts, config=config, tokenizer=tokenizer, backend=None, resume=blocks)
     seconds = time.perf_counter() - began
     report = tqcompile.report(model)
     peak = memory.peak()
     report.notes.append(f"quantized in {seconds:.0f} s, peak memory of the process {peak / 1e9:.2f} GB")
     tqcompile.save(model, out, tokenizer=tokenizer)
+    shutil.rmtree(blocks)
     print(report)
     console.print(f"saved to {out}", highlight=False)
     result = {
