@@ -48,8 +48,8 @@ def interrupted(monkeypatch, folder, block, **changes):
 def test_a_resumed_run_gives_the_same_bytes(monkeypatch, tmp_path, scheme, block):
     expected = quantize(None, scheme=scheme)
     interrupted(monkeypatch, tmp_path / "run", f"model.layers.{block}", scheme=scheme)
-    (tmp_path / "run" / ".partial-model.layers.2.safetensors").write_text("what a kill left behind")
     assert len(list((tmp_path / "run").glob("*.safetensors"))) == block
+    (tmp_path / "run" / ".partial-model.layers.2.safetensors").write_text("what a kill left behind")
     work, plain = [], api.quantize_unit
     monkeypatch.setattr(api, "quantize_unit", lambda *a: work.append(a[1].name) or plain(*a))
     found = quantize(tmp_path / "run", scheme=scheme)
