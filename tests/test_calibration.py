@@ -1,6 +1,7 @@
 """Streaming block by block sees what the whole model sees."""
 
-import gc
+import errno
+import itertools
 import tempfile
 
 import pytest
@@ -258,27 +259,30 @@ def test_no_cache_where_the_model_has_one():
 
 
 @pytest.mark.parametrize("scheme", ["twin-w4a8", "d2-w3a16"])
-def test_hidden_states_in_files_give_the_same_bytes_and_are_deleted(monkeypatch, tmp_path, scheme):
+def test_hidden_states_in_files_give_the_same_bytes_and_leave_nothing(monkeypatch, tmp_path, scheme):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    seen, wrote = [], []
 
     def quantized():
         return tqcompile.compile(tiny("Qwen3"), tokens(), **{**SETTINGS, "scheme": scheme, "tune": 2}).state_dict()
 
-    expected = quantized()
+    expected, plain, mapped = quantized(), calibration._in_file, []
     monkeypatch.setattr(calibration, "MEMORY_SHARE", 0.0)
-    plain = calibration.HiddenStates.__setitem__
-
-    def watched(states, batch, tensor):
-        seen.append(tensor.shape)
-        wrote.append(len(list(tmp_path.glob("tqcompile-*/*"))))
-        plain(states, batch, tensor)
-
-    monkeypatch.setattr(calibration.HiddenStates, "__setitem__", watched)
+    monkeypatch.setattr(calibration, "_in_file", lambda tensor: mapped.append(plain(tensor)) or mapped[-1])
     found = quantized()
-    assert seen
-    assert min(wrote) >= 2
+    assert len(mapped) >= 2
+    assert not any(torch.equal(first, second) for first, second in itertools.pairwise(mapped))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_room_for_hidden_states_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(calibration.os, "posix_fallocate", full)
+    with pytest.raises(CalibrationError, match=r"do not fit in .*Point TMPDIR"):
+        calibration.HiddenStates([torch.ones(2, 3)], mapped=True)
     assert not list(tmp_path.iterdir())

@@ -94,7 +94,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda b: b[: len(b) // 2], lambda b: b.replace(b"out_features", b"out_feature_"), lambda _: b""]
+    "damage",
+    [
+        lambda b: b[: len(b) // 2],
+        lambda b: b.replace(b"out_features", b"out_feature_"),
+        lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:],
+        lambda _: b"",
+    ],
 )
 def test_a_damaged_block_is_named(monkeypatch, tmp_path, damage):
     interrupted(monkeypatch, tmp_path, "model.layers.1")
@@ -129,7 +135,7 @@ def test_a_full_disk_leaves_what_was_finished(monkeypatch, tmp_path):
 
 
 def test_killed_at_any_moment_the_command_goes_on(tmp_path):
-    """kill -9 while the first, the second and the third block are worked on, then to the end."""
+    """kill -9 at the start, and some time behind the second and the third start's first new block; then to the end."""
     options = ["--calib", "stdlib", "--samples", "8", "--seq-len", "64", "--steps", "4", "--tune", "2"]
 
     def start(out, *more):
@@ -149,7 +155,7 @@ def test_killed_at_any_moment_the_command_goes_on(tmp_path):
         return subprocess.Popen(command, stdout=quiet, stderr=quiet, env=environment, cwd=Path(__file__).parents[1])
 
     def hashes(out):
-        return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in out.iterdir() if f.suffix == ".safetensors"}
+        return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in out.iterdir() if f.name != "tqcompile.json"}
 
     assert start(tmp_path / "whole").wait() == 0
     assert not (tmp_path / "whole.blocks").exists()

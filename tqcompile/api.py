@@ -162,11 +162,11 @@ def _quantize(
     resume: str | Path | None = None,
 ) -> tuple[dict[str, QuantizedLinear], Report]:
     batches = _calibration_batches(model, calib_data, tokenizer, config)
-    finished = None if resume is None else FinishedBlocks(resume, model, batches, config)
     plan = analyze(model, _example(model, batches), leave_head(model, config))
     if not plan.sites:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(plan.skipped.items())[:5])
         raise ModelError(f"no layer of {type(model).__name__} can be quantized ({reasons}).")
+    finished = None if resume is None else FinishedBlocks(resume, model, batches, config)
     report = Report(config.to_dict(), skipped=dict(plan.skipped), notes=list(plan.notes))
     rotated = _rotate_stream(model, plan, config, journal, report) if config.rotate_stream else frozenset()
     units = [Unit("model", list(plan.sites), None)]
@@ -203,6 +203,8 @@ def _quantize(
             quantized |= results
             if finished is not None and unit.name != "model":
                 finished.save(job, unit, before)
+            elif finished is not None:
+                report.notes.append(f"not kept for resuming: {len(unit.sites)} inputs of linears outside of its blocks")
     if corrected:
         report.notes.append(_correction_note(model, job, report))
     if config.lm_head != "keep":

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,18 +57,18 @@ class Unit:
 
 
 class HiddenStates:
-    """One tensor a batch, in memory or, where ``folder`` is given, in memory-mapped files: the system then holds as
-    much of them in memory as there is room for. A tensor in a file is overwritten when its batch is set again."""
+    """One tensor a batch, in memory or, where they are to be ``mapped``, in memory-mapped files: the system then holds
+    as much of them in memory as there is room for. A tensor in a file is overwritten when its batch is set again.
 
-    def __init__(self, tensors: list[torch.Tensor], folder: str | None = None):
-        self._tensors = list(tensors)
-        if folder is not None:
-            for batch, tensor in enumerate(tensors):
-                handle, name = tempfile.mkstemp(dir=folder)
-                os.close(handle)
-                mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-                self._tensors[batch] = mapped.view(tensor.shape).copy_(tensor)
-        self._mapped = folder is not None
+    The files are in the folder for temporary ones (``TMPDIR``), without a name, so nothing is left behind.
+
+    Raises:
+        CalibrationError: they do not fit there.
+    """
+
+    def __init__(self, tensors: list[torch.Tensor], mapped: bool = False):
+        self._tensors = [_in_file(tensor) for tensor in tensors] if mapped else list(tensors)
+        self._mapped = mapped
 
     def __len__(self) -> int:
         return len(self._tensors)
@@ -80,6 +81,24 @@ class HiddenStates:
             self._tensors[batch].copy_(tensor)
         else:
             self._tensors[batch] = tensor
+
+
+def _in_file(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor on the CPU in a file that is gone when the copy is."""
+    handle, name = tempfile.mkstemp(prefix="tqcompile-")
+    try:
+        # The room is taken now: a full disk found later, by a page that is written, would end the process.
+        os.posix_fallocate(handle, 0, max(1, tensor.numel() * tensor.element_size()))
+        mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    except OSError as error:
+        raise CalibrationError(
+            f"hidden states of the calibration data do not fit in {Path(name).parent}: {error}. Point TMPDIR to a disk "
+            "with more room, or use fewer samples."
+        ) from error
+    finally:
+        os.close(handle)
+        os.unlink(name)
+    return mapped.view(tensor.shape).copy_(tensor)
 
 
 def _too_large(tensors: list[torch.Tensor]) -> bool:
@@ -243,9 +262,8 @@ class _BlockDriver:
 
     def __init__(self, blocks, hidden, extra_args, kwargs):
         self._blocks, self._extra, self._kwargs = blocks, extra_args, kwargs
-        self._folder = tempfile.TemporaryDirectory(prefix="tqcompile-") if _too_large(hidden) else None
-        folder = None if self._folder is None else self._folder.name
-        self._hidden, self._exact = HiddenStates(hidden, folder), HiddenStates(hidden, folder)
+        mapped = _too_large(hidden)
+        self._hidden, self._exact = HiddenStates(hidden, mapped), HiddenStates(hidden, mapped)
         self.masks: list[torch.Tensor | None] = [None] * len(self._hidden)
 
     @staticmethod

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from tqcompile import __version__
-from tqcompile.calibration import Unit
+from tqcompile.calibration import Unit, device_of
 from tqcompile.config import Config
 from tqcompile.data import Batch
 from tqcompile.errors import CheckpointError, ConfigError
@@ -77,6 +77,8 @@ class FinishedBlocks:
             data = json.loads(metadata["block"])
             specs = {name: LinearSpec(**spec) for name, spec in data["specs"].items()}
             records = Report.from_dict({"config": {}, "skipped": {}, **data["records"]})
+            if _digest(tensors) != data["sha256"]:
+                raise ValueError("its tensors are not those that were written")
             self._fill(job, unit.name, specs, data["shifted"], tensors)
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged ({error!r}). Delete it; its block is then done again.") from error
@@ -131,6 +133,7 @@ class FinishedBlocks:
             "corrected": job.corrected[before["corrected"] :],
         }
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _state(block).items()}
+        data["sha256"] = _digest(tensors)
         name, metadata = f"{unit.name}.safetensors", {"block": json.dumps(data)}
         try:
             self._write(name, lambda path: save_file(tensors, path, metadata=metadata))
@@ -173,23 +176,28 @@ def _flush(path: Path) -> None:
 
 
 def _fingerprint(model: nn.Module, batches: list[Batch], config: Config) -> dict[str, Any]:
-    """What decides every byte of the result: settings, data, weights and versions."""
+    """What decides every byte of the result: settings, data, weights, versions, and what sums in which order."""
     import transformers
 
-    data, weights = hashlib.sha256(), hashlib.sha256()
-    for batch in batches:
-        for name, value in sorted(batch.items()):
-            _update(data, name, value)
-    for name, value in sorted(model.state_dict().items()):
-        _update(weights, name, value)
+    device = torch.device(config.device or device_of(model))
     versions = {"tqcompile": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     return {
         "settings": json.loads(json.dumps(config.to_dict())),
-        "calibration data": data.hexdigest(),
-        "model": weights.hexdigest(),
+        "calibration data": [_digest(batch) for batch in batches],
+        "model": _digest(model.state_dict()),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "number of threads": torch.get_num_threads(),
         **{f"version of {name}": version for name, version in versions.items()},
         "version of python": platform.python_version(),
     }
+
+
+def _digest(values: dict[str, Any]) -> str:
+    """sha256 of named tensors and other values, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(values.items()):
+        _update(digest, name, value)
+    return digest.hexdigest()
 
 
 def _update(digest: Any, name: str, value: Any) -> None:

@@ -52,7 +52,12 @@ def run(
     texts = files.calibration_texts(calib, config.samples, config.seq_len)
     model = files.load_model(model_dir, dtype, config.device or "cpu")
     began = time.perf_counter()
-    tqcompile.compile(model, texts, config=config, tokenizer=tokenizer, backend=None, resume=blocks)
+    try:
+        tqcompile.compile(model, texts, config=config, tokenizer=tokenizer, backend=None, resume=blocks)
+    except BaseException:
+        if not any(blocks.glob("*.safetensors")):
+            shutil.rmtree(blocks, ignore_errors=True)  # refused before anything was done
+        raise
     seconds = time.perf_counter() - began
     report = tqcompile.report(model)
     peak = memory.peak()
