@@ -505,20 +505,19 @@ def run_sides_together(name: str, cases: list[Case], options, record) -> None:
     parts = [[c for c in cases if c.decode], [c for c in cases if not c.decode]] if options.jobs >= 4 else [cases]
     jobs = [(side, part) for side in options.sides for part in parts if part]
     queue, barrier, lock = context.Queue(), context.Barrier(len(jobs)), context.Lock()
-    workers = {}
-    for number, (side, part) in enumerate(jobs):
-        workers[number] = context.Process(target=worker, args=(name, side, part, options, queue, barrier, lock))
-        workers[number].start()
+    workers = [
+        context.Process(target=worker, args=(name, side, part, options, queue, barrier, lock)) for side, part in jobs
+    ]
+    for process in workers:
+        process.start()
     failures, open_sides = [], len(workers)
     while open_sides:
         try:
             kind, value = queue.get(timeout=10)
         except Empty:
-            if any(process.exitcode not in (None, 0) for process in workers.values()):
+            if any(process.exitcode not in (None, 0) for process in workers):
                 barrier.abort()  # killed, so that it could not say why
-                sys.exit(
-                    f"{name}: a process was killed; exit codes {[process.exitcode for process in workers.values()]}"
-                )
+                sys.exit(f"{name}: a process was killed; exit codes {[process.exitcode for process in workers]}")
             continue
         if kind == "row":
             record(value)
@@ -526,7 +525,7 @@ def run_sides_together(name: str, cases: list[Case], options, record) -> None:
         open_sides -= 1
         if kind == "failed":
             failures.append(value)
-    for process in workers.values():
+    for process in workers:
         process.join()
     if failures:
         sys.exit("\n".join(failures))

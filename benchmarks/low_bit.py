@@ -37,8 +37,8 @@ def checked(name: str, found: torch.Tensor, exact: torch.Tensor) -> None:
         raise SystemExit(f"{name}: wrong result, relative error {error:.3g}")
 
 
-def measure(n: int, k: int, t: int, cut=None) -> dict:
-    """Microseconds of every form of one layer; cut: a ``Skinny`` in place of the rule's."""
+def measure(n: int, k: int, t: int) -> dict:
+    """Microseconds of every form of one layer."""
     from tqcompile import ops, tuner
     from tqcompile.kernels import lattice_linear as kernel
     from tqcompile.ops.quantize_activation import transform_activation
@@ -59,7 +59,7 @@ def measure(n: int, k: int, t: int, cut=None) -> dict:
             raise SystemExit(f"{name}: {reason}")
 
         def product(x, copy, bits=bits):
-            return kernel.launch(x, *copy, None, bits, tile=cut)
+            return ops.lattice_linear(x, *copy, None, bits)
 
         checked(f"{name} {n}x{k} T={t}", product(x, copies[0]), ops.lattice_linear_reference(*args))
         form = kernel.describe(*args)

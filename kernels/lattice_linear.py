@@ -252,7 +252,7 @@ class Skinny(NamedTuple):
     unroll: int
 
 
-def choose_skinny(t: int, n: int, k: int, bits: int, sms: int = 132) -> Skinny:
+def choose_skinny(t: int, n: int, k: int, sms: int = 132) -> Skinny:
     """The configuration for T tokens, by rule: more rows a warp cost registers, and save unpacked pairs of x."""
     tokens = -(-t // 8)
     row_tiles = 2 if n >= 2 * 32 * sms and tokens <= 2 else 1
@@ -284,8 +284,11 @@ def launch(x, codes, scale, zero, offset, bias, bits, tile: Tile | Skinny | None
     }
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         weights = [codes, scale, codes if zero is None else zero, scale if offset is None else offset]
-        form = describe(x, codes, scale, zero, offset, bias, bits) if tile is None else type(tile).__name__.lower()
-        run = {"skinny": _skinny, "dense": _through_dense}.get(form, _fused)
+        if tile is None:
+            form = describe(x, codes, scale, zero, offset, bias, bits)
+        else:
+            form = "skinny" if isinstance(tile, Skinny) else "fused"
+        run = {"skinny": _skinny, "fused": _fused, "dense": _through_dense}[form]
         y = run(flat, weights, n, k, bias, options, tile)
     return y.reshape(*x.shape[:-1], n)
 
@@ -295,7 +298,7 @@ def _skinny(x, weights, n, k, bias, options, tile) -> torch.Tensor:
     codes, scale, zero, offset = weights
     bits, group = options["BITS"], options["GROUP"]
     gpu = _gpu(x.device.index)
-    row_tiles, row_warps, k_warps, unroll = tile or choose_skinny(t, n, k, bits, gpu.multi_processor_count)
+    row_tiles, row_warps, k_warps, unroll = tile or choose_skinny(t, n, k, gpu.multi_processor_count)
     y = torch.empty(t, n, dtype=x.dtype, device=x.device)
     # Programmatic dependent launch: this kernel starts, and loads its first codes, before the one in front has ended.
     dependent = gpu.major >= 9

@@ -11,7 +11,7 @@ from tiny_models import SETTINGS, tiny, tokens
 import tqcompile
 from tqcompile.commands import html_report
 from tqcompile.commands import report as report_command
-from tqcompile.commands.report import SPEED_FIELDS
+from tqcompile.commands.html_report import SPEED_FIELDS
 from tqcompile.errors import CheckpointError, ConfigError, ModelError
 from tqcompile.ops.quantize_activation import transform_activation
 from tqcompile.reporting import SPREAD_RANGE, BlockRecord, Choice, LayerRecord, Report, Spread, sensitivity, spread

@@ -188,7 +188,7 @@ def _quantize(
         if batches:
             units = split_into_units(model, plan.sites, batches, targets=bool(tuned | corrected), means=corrected)
         for unit in units:
-            if finished is not None and unit.name != "model" and finished.restore(job, unit):
+            if finished is not None and finished.restore(job, unit):
                 continue
             before = counts(job)
             device = config.device or device_of(model)

@@ -213,9 +213,7 @@ def finish_loading(model: nn.Module, quantization: dict[str, Any], directory: Pa
     """Freeze a loaded model, rebuild what is not stored, and give it back its report."""
     model.requires_grad_(False)
     for module in model.modules():
-        if isinstance(module, TwinLinear):
-            module.transform.rebuild(module.residual.weight_packed.device)
-        elif isinstance(module, LatticeLinear):
+        if isinstance(module, TwinLinear | LatticeLinear):
             module.rebuild()
     model.tqcompile_quantization = quantization
     model.tqcompile_report = _stored_report(quantization, directory)

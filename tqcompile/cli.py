@@ -102,13 +102,14 @@ def evaluate(
     json: Annotated[Path | None, typer.Option(help="Also write the result to this file.")] = None,
 ) -> None:
     """Perplexity of a causal language model on a text, or its results in tasks."""
-    from tqcompile.commands import evaluate
-    from tqcompile.commands import tasks as harness
-
     if tasks:
-        harness.run(model, [task.strip() for task in tasks.split(",")], limit, dtype, device, json)
+        from tqcompile.commands.tasks import run
+
+        run(model, [task.strip() for task in tasks.split(",")], limit, dtype, device, json)
     else:
-        evaluate.run(model, text, windows, seq_len, dtype, device, json)
+        from tqcompile.commands.evaluate import run
+
+        run(model, text, windows, seq_len, dtype, device, json)
 
 
 @app.command()

@@ -24,7 +24,7 @@ from tqcompile.config import Config
 from tqcompile.data import Batch
 from tqcompile.errors import CheckpointError, ConfigError
 from tqcompile.methods.components import LinearSpec
-from tqcompile.modules import QUANTIZED, LatticeLinear, TwinLinear, empty_layer
+from tqcompile.modules import QUANTIZED, empty_layer
 from tqcompile.passes.correct_norm_mean import ShiftedNorm, insert_shift
 from tqcompile.quantize_unit import Job
 from tqcompile.reporting import Report
@@ -108,11 +108,7 @@ class FinishedBlocks:
                 raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}")
             expected[name].copy_(tensor)
         for name in specs:
-            layer = job.model.get_submodule(name)
-            if isinstance(layer, TwinLinear):
-                layer.transform.rebuild(layer.residual.weight_packed.device)
-            elif isinstance(layer, LatticeLinear):
-                layer.rebuild()
+            job.model.get_submodule(name).rebuild()
 
     def save(self, job: Job, unit: Unit, before: dict[str, int]) -> None:
         """Write a block that was just finished. before: :func:`counts` when it was begun.

@@ -83,8 +83,12 @@ class TwinLinear(_FixedDtype):
         layer = TwinLinear(quantized.spec, device="meta")
         state = {name: quantized.tensors[name] for name in layer.state_dict()}
         layer.load_state_dict(state, strict=True, assign=True)
-        layer.transform.rebuild(layer.residual.weight_packed.device)
+        layer.rebuild()
         return layer
+
+    def rebuild(self) -> None:
+        """Recompute what is not stored, after loading."""
+        self.transform.rebuild(self.residual.weight_packed.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         spec, transform = self.spec, self.transform

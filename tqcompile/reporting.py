@@ -79,13 +79,17 @@ class Spread:
 
 def spread(name: str, before: torch.Tensor, after: torch.Tensor) -> Spread:
     """The spread of (T, K) inputs before and after their transform."""
-    counts, peaks = [], []
-    for x in (before.float(), after.float()):
-        unit = x.square().mean().sqrt().clamp_min(1e-30)
-        scaled = (x / unit).clamp(-SPREAD_RANGE, SPREAD_RANGE)
-        counts.append([int(n) for n in torch.histc(scaled, SPREAD_BINS, -SPREAD_RANGE, SPREAD_RANGE)])
-        peaks.append(float(x.abs().max() / unit))
-    return Spread(name, *counts, *peaks)
+    (counts, peak), (counts_after, peak_after) = (histogram(x.float(), SPREAD_BINS) for x in (before, after))
+    return Spread(name, counts, counts_after, peak, peak_after)
+
+
+def histogram(values: torch.Tensor, bins: int) -> tuple[list[int], float]:
+    """Counts in equal bins over -SPREAD_RANGE to SPREAD_RANGE root mean squares, outer ones at the ends, and the
+    largest magnitude in that unit."""
+    unit = values.square().mean().sqrt().clamp_min(1e-30)
+    scaled = (values / unit).clamp(-SPREAD_RANGE, SPREAD_RANGE)
+    counts = torch.histc(scaled, bins, -SPREAD_RANGE, SPREAD_RANGE)
+    return [int(n) for n in counts], float(values.abs().max() / unit)
 
 
 def _checked_spread(found: Spread) -> Spread:

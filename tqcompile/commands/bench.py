@@ -39,8 +39,8 @@ def run(
     check_causal(settings, directory)
     if min(prompt, new, batch) < 1:
         raise ConfigError(f"--prompt, --new and --batch must be positive, got {prompt}, {new}, {batch}")
-    longest = (settings.get("text_config") or settings).get("max_position_embeddings")
-    if isinstance(longest, int) and prompt + new > longest:
+    longest = files.longest(settings)
+    if longest is not None and prompt + new > longest:
         raise ConfigError(f"--prompt {prompt} and --new {new} are more than the model's {longest} positions")
     files.check_file(json, "--json")
     model = files.load_model(directory, dtype, device)

@@ -32,8 +32,8 @@ def run(
     check_causal(settings, directory)
     if windows < 1 or seq_len < 2:
         raise ConfigError(f"--windows must be positive and --seq-len at least 2, got {windows}, {seq_len}")
-    longest = (settings.get("text_config") or settings).get("max_position_embeddings")
-    if isinstance(longest, int) and seq_len > longest:
+    longest = files.longest(settings)
+    if longest is not None and seq_len > longest:
         raise ConfigError(f"--seq-len {seq_len} is longer than the model's {longest} positions")
     files.check_file(json, "--json")
     tokenizer = files.load_tokenizer(directory)

@@ -53,6 +53,12 @@ def is_quantized(settings: dict[str, Any]) -> bool:
     return True
 
 
+def longest(settings: dict[str, Any]) -> int | None:
+    """How many positions a model has; None where its settings do not say."""
+    found = (settings.get("text_config") or settings).get("max_position_embeddings")
+    return found if isinstance(found, int) else None
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a model directory. Raises ModelError where there is none."""
     files = sorted(directory.glob("*.safetensors"))

@@ -15,11 +15,12 @@ from safetensors import SafetensorError, safe_open
 from tqcompile import checkpoint
 from tqcompile.errors import CheckpointError, ModelError
 from tqcompile.ops.packing import dequantize_int4
-from tqcompile.reporting import SPREAD_RANGE, Report, sensitivity
+from tqcompile.reporting import Report, histogram, sensitivity
 
 HISTOGRAMS = 24  # layers that are drawn, those of the largest error
 SAMPLE = 1 << 20  # weights of a layer that a histogram counts
 BINS = 64
+SPEED_FIELDS = ("model", "compiled", "device", "threads", "dtype", "batch", "prompt", "new")  # beside the two rates
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777", "#dd8844")
 _STYLE = """
 body { font: 14px/1.5 system-ui, sans-serif; max-width: 1280px; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -270,10 +271,9 @@ def _choices(report: Report) -> Iterator[str]:
 def _speed(speeds: Sequence[dict]) -> Iterator[str]:
     if speeds:
         yield "<h2>Speed</h2>"
-        names = ("model", "compiled", "device", "threads", "dtype", "batch", "prompt", "new")
         rates = ("prefill_tokens_per_second", "decode_tokens_per_second")
-        rows = ([*(s[name] for name in names), *(_number(s[name], 1) for name in rates)] for s in speeds)
-        yield _table((*names, "prefill tokens/s", "decode tokens/s"), rows)
+        rows = ([*(s[name] for name in SPEED_FIELDS), *(_number(s[name], 1) for name in rates)] for s in speeds)
+        yield _table((*SPEED_FIELDS, "prefill tokens/s", "decode tokens/s"), rows)
 
 
 class _Tensors:
@@ -324,13 +324,8 @@ def _sample(rows: int, columns: int) -> torch.Tensor:
 
 def _figure(name: str, before: torch.Tensor | None, after: torch.Tensor) -> str:
     """Histograms of one layer's weights in units of their root mean square, and the largest magnitude in it."""
-    parts = []
-    for colour, values in (("#999999", before), (COLOURS[0], after)):
-        if values is not None:
-            unit = values.square().mean().sqrt().clamp_min(1e-30)
-            counts = torch.histc((values / unit).clamp(-SPREAD_RANGE, SPREAD_RANGE), BINS, -SPREAD_RANGE, SPREAD_RANGE)
-            parts.append((colour, counts.tolist(), float(values.abs().max() / unit)))
-    return _plot(name, parts)
+    drawn = (("#999999", before), (COLOURS[0], after))
+    return _plot(name, [(colour, *histogram(values, BINS)) for colour, values in drawn if values is not None])
 
 
 def _plot(name: str, parts: Sequence[tuple[str, Sequence[float], float]]) -> str:

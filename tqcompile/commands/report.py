@@ -14,7 +14,6 @@ from tqcompile.errors import CheckpointError, ConfigError
 from tqcompile.reporting import Report, Sensitivity, sensitivity
 
 SHOWN = 10
-SPEED_FIELDS = ("model", "compiled", "device", "threads", "dtype", "batch", "prompt", "new")
 
 
 def read(directory: Path) -> Report:
@@ -64,6 +63,8 @@ def run(
 
 def _read_speed(path: Path) -> dict:
     """A result of ``tqcompile bench``. Raises ConfigError when the file is none."""
+    from tqcompile.commands.html_report import SPEED_FIELDS
+
     try:
         found = json_module.loads(path.read_text(encoding="utf-8"))
         rates = [found[f"{name}_tokens_per_second"] for name in ("prefill", "decode")]
