@@ -1,7 +1,8 @@
 """Kernels of ``tqcompile::lattice_linear``: 2-bit or 3-bit codes, floating-point activations.
 
-    skinny  up to 64 tokens, 16-bit x, groups of 128    lattice_skinny.py
-    fused   other arguments up to 128 tokens            Triton, here
+    skinny  up to 16 tokens, 16-bit x, groups of 128    lattice_skinny.py
+    wgmma   these up to 1024, on Hopper                 lattice_wgmma.py
+    fused   other arguments up to 128                   Triton, here
     dense   more: weights are written out, then a dense product
 
 A program of the fused form owns a (BN out-features x BM tokens) tile of y^T = W x^T. A byte of the codes holds elements
@@ -12,10 +13,11 @@ a step, and a step (which divides the group) is scaled once, in fp32.
 
 Few tokens: the K loop is split over S programs a tile. Each writes fp32 partials, and the last to arrive adds them in
 order 0..S-1. Many tokens: no 16-bit product on integer codes is faster than one on 16-bit weights, so the weights are
-written out once, by a second kernel, and cuBLAS multiplies (:data:`DENSE_TOKENS`).
+written out once, by a second kernel, and cuBLAS multiplies (:data:`DENSE_TOKENS`, :data:`WGMMA_TOKENS`).
 """
 
 import contextlib
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,23 +25,29 @@ import triton
 import triton.language as tl
 
 from tqcompile.kernels.split_counters import split_counters
+from tqcompile.kernels.twin_gemm import SHARED_BYTES, fastest_split
 from tqcompile.kernels.twin_linear import FLOATS, INTERPRET, Tile, _gpu, device_reason, round_to
 from tqcompile.ops.lattice_linear import ZERO_STEPS
 
 try:
     from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from tqcompile.kernels.lattice_skinny import lattice_skinny
+    from tqcompile.kernels.lattice_wgmma import lattice_wgmma
 
     GLUON = True
 except ImportError:  # Gluon is experimental: a Triton release may move it
     GLUON = False
 
-SKINNY_TOKENS = 64
+SKINNY_TOKENS = 16
 UNIT = 128  # columns of K that the skinny form takes at a time
 PLAIN_TOKENS = 16  # up to this many x is read as it is
-DENSE_TOKENS = 128  # beyond this many the weights are written out
+DENSE_TOKENS = 128  # beyond this many the weights are written out,
+WGMMA_TOKENS = 1024  # where the wgmma form can run beyond this many
 MAX_OFFSET = 4
+# (tokens of a tile, programs a multiprocessor) -> microseconds of a K step of a tile of 128 rows. On an H200, 2 bits.
+STEP_US = {(32, 1): 0.61, (64, 1): 0.62, (128, 1): 0.81, (256, 1): 1.3, (32, 2): 1.0, (64, 2): 1.05}
 
 
 def _float_planes(bits: int, pair: str, base: str, one: str, offset: str) -> tl.constexpr:
@@ -199,6 +207,23 @@ def _dequantize(
     tl.store(at, round_to(values, w.dtype.element_ty, INTERPRET), mask=(n < N - n0)[:, None])
 
 
+@triton.jit
+def _write_planes(x, out, K, BLOCK: tl.constexpr):
+    tl.extra.cuda.gdc_launch_dependents()
+    four = tl.program_id(1) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64) * K
+    tl.extra.cuda.gdc_wait()
+    even, odd = tl.split(tl.load(x + row + at, mask=at < K).reshape(BLOCK // 4, 2, 2))
+    plane0, plane2 = tl.split(even)
+    plane1, plane3 = tl.split(odd)
+    live = four < K // 4
+    tl.store(out + row + four, plane0, mask=live)
+    tl.store(out + row + K // 4 + four, plane1, mask=live)
+    tl.store(out + row + 2 * (K // 4) + four, plane2, mask=live)
+    tl.store(out + row + 3 * (K // 4) + four, plane3, mask=live)
+
+
 def choose_tile(t: int, n: int, k: int, group: int, wide: bool, sms: int = 132) -> Tile:
     """The tile for T tokens. group: what a K step divides; wide: fp32 operands, so no tensor core."""
     step = min(128, group & -group)
@@ -240,23 +265,53 @@ def describe(x, codes, scale, zero, offset, bias, bits) -> str:
     whole = GLUON and not INTERPRET and x.dtype in (torch.float16, torch.bfloat16) and group % UNIT == 0
     if whole and t <= SKINNY_TOKENS:
         return "skinny"
+    hopper = x.is_cuda and _gpu(x.device.index).major == 9
+    if whole and hopper and t <= WGMMA_TOKENS and scale.dtype == x.dtype and scale.shape[0] % 8 == 0:
+        return "wgmma"
     return "dense" if t > DENSE_TOKENS else "fused"
 
 
 class Skinny(NamedTuple):
-    """A launch of the skinny form: RT tiles of 16 rows a warp, RW warps beside each other in N, KS in K."""
+    """A launch of the skinny form: RT tiles of 16 rows a warp, RW warps beside each other in N, KS in K; UNROLL units
+    of codes asked for at once; at most so many registers a thread."""
 
     row_tiles: int
     row_warps: int
     k_warps: int
     unroll: int
+    registers: int | None = None
 
 
 def choose_skinny(t: int, n: int, k: int, sms: int = 132) -> Skinny:
-    """The configuration for T tokens, by rule: more rows a warp cost registers, and save unpacked pairs of x."""
-    tokens = -(-t // 8)
-    row_tiles = 2 if n >= 2 * 32 * sms and tokens <= 2 else 1
-    return Skinny(row_tiles, 1, 8 if k > 8192 else 4, 2 if tokens == 1 else 1)
+    """The configuration for T tokens, by rule. Fitted to an H200: two tiles of rows share what x costs, and where there
+    are programs enough for it, two of them on a multiprocessor are worth a few registers kept in memory."""
+    wide = n > 32 * sms
+    if t <= 8 and k <= 8192:
+        return Skinny(2, 1, 8, 4, 128) if wide else Skinny(1, 1, 8, 4)
+    if t <= 8:
+        return Skinny(2, 1, 8, 2)
+    return Skinny(2, 1, 4 if wide else 8, 4 if k <= 8192 else 1)
+
+
+class Wgmma(NamedTuple):
+    """A launch of the wgmma form: tiles of 128 rows times ``tokens``, K split in so many parts, programs a
+    multiprocessor."""
+
+    tokens: int
+    splits: int
+    programs: int
+
+
+def choose_wgmma(t: int, n: int, k: int, sms: int = 132) -> Wgmma:
+    """The configuration for T tokens: what the step times of tiles say."""
+    costs = []
+    for (bm, programs), step_us in STEP_US.items():
+        if min(t, 64) <= bm and (bm < 2 * t or bm == 32):
+            tiles = -(-n // 128) * -(-t // bm)
+            cost, splits = fastest_split(tiles, k // UNIT, bm, programs * sms, step_us)
+            costs.append((cost, splits, bm, programs))
+    _, splits, bm, programs = min(costs)
+    return Wgmma(bm, splits, programs)
 
 
 def planes(x: torch.Tensor) -> torch.Tensor:
@@ -264,10 +319,10 @@ def planes(x: torch.Tensor) -> torch.Tensor:
     return x.unflatten(-1, (-1, 4)).movedim(-1, 0).contiguous()
 
 
-def launch(x, codes, scale, zero, offset, bias, bits, tile: Tile | Skinny | None = None) -> torch.Tensor:
+def launch(x, codes, scale, zero, offset, bias, bits, tile: Tile | Skinny | Wgmma | None = None) -> torch.Tensor:
     """Run the kernel; the arguments are those of the op and must be supported.
 
-    With a ``tile`` the fused or the skinny kernel runs whatever the number of tokens (tests, tuning).
+    With a ``tile`` the kernel that it belongs to runs whatever the number of tokens (tests, tuning).
     """
     (n, groups), k = scale.shape, x.shape[-1]
     flat = x.reshape(-1, k)
@@ -287,8 +342,8 @@ def launch(x, codes, scale, zero, offset, bias, bits, tile: Tile | Skinny | None
         if tile is None:
             form = describe(x, codes, scale, zero, offset, bias, bits)
         else:
-            form = "skinny" if isinstance(tile, Skinny) else "fused"
-        run = {"skinny": _skinny, "fused": _fused, "dense": _through_dense}[form]
+            form = {Skinny: "skinny", Wgmma: "wgmma", Tile: "fused"}[type(tile)]
+        run = {"skinny": _skinny, "wgmma": _wgmma, "fused": _fused, "dense": _through_dense}[form]
         y = run(flat, weights, n, k, bias, options, tile)
     return y.reshape(*x.shape[:-1], n)
 
@@ -298,17 +353,58 @@ def _skinny(x, weights, n, k, bias, options, tile) -> torch.Tensor:
     codes, scale, zero, offset = weights
     bits, group = options["BITS"], options["GROUP"]
     gpu = _gpu(x.device.index)
-    row_tiles, row_warps, k_warps, unroll = tile or choose_skinny(t, n, k, gpu.multi_processor_count)
+    row_tiles, row_warps, k_warps, unroll, registers = tile or choose_skinny(t, n, k, gpu.multi_processor_count)
     y = torch.empty(t, n, dtype=x.dtype, device=x.device)
     # Programmatic dependent launch: this kernel starts, and loads its first codes, before the one in front has ended.
     dependent = gpu.major >= 9
-    warps = row_warps * k_warps
+    warps, units = row_warps * k_warps, k // UNIT
+    # Scales of neighbouring units are loaded at once, so units a warp are rounded up to what that needs.
+    vector = math.gcd(units, unroll, 8) if group == UNIT else 1
+    own = -(-units // (k_warps * vector)) * vector
     lattice_skinny[(-(-n // (16 * row_tiles * row_warps)),)](
         x.view(torch.int32), codes.view(torch.int32), scale, zero, offset, y if bias is None else bias, y, t, n,
-        TILES=-(-t // 8), RT=row_tiles, RW=row_warps, KS=k_warps, UNROLL=unroll, U=k // UNIT, GROUP_UNITS=group // UNIT,
+        TILES=-(-t // 8), RT=row_tiles, RW=row_warps, KS=k_warps, UNROLL=unroll, V=vector, U=units, OWN=own,
+        GROUP_UNITS=group // UNIT,
         BITS=bits, D=options["D"], ZERO_STEPS=ZERO_STEPS, HAS_ZERO=options["HAS_ZERO"], HAS_BIAS=bias is not None,
         FLOAT=gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16, PDL=dependent,
-        num_warps=warps, launch_pdl=dependent,
+        num_warps=warps, launch_pdl=dependent, maxnreg=registers,
+    )  # fmt: skip
+    return y
+
+
+def _in_four_planes(x: torch.Tensor) -> torch.Tensor:
+    """(T, K) -> (T, K), for the wgmma form: column i of every four in plane i, the four planes one after the other."""
+    t, k = x.shape
+    out = torch.empty_like(x)
+    _write_planes[(t, triton.cdiv(k, 1024))](x, out, k, BLOCK=1024, num_warps=2, launch_pdl=True)
+    return out
+
+
+def _wgmma(x, weights, n, k, bias, options, tile) -> torch.Tensor:
+    t = x.shape[0]
+    codes, scale, zero, offset = weights
+    gpu = _gpu(x.device.index)
+    bm, splits, ctas = tile or choose_wgmma(t, n, k, gpu.multi_processor_count)
+    pieces = 2 if bm == 256 else 1
+    x = _in_four_planes(x.contiguous())
+    y = torch.empty(t, n, dtype=x.dtype, device=x.device)
+    tiles = -(-n // 128) * -(-t // bm)
+    programs = tiles * splits if splits > 1 else min(tiles, ctas * gpu.multi_processor_count)
+    partials = counters = y
+    if splits > 1:
+        partials = torch.empty(programs * 4 * 64 * bm, dtype=torch.float32, device=y.device)
+        counters = split_counters(y.device, 2 * tiles)
+    codes = codes.view(torch.int8)
+    room = (SHARED_BYTES // ctas - 2 * min(bm, 128) * 64 * 2 - 2048) // (128 * 32 + 4 * bm * 32 * 2)
+    lattice_wgmma[(programs,)](
+        TensorDescriptor.from_tensor(codes, [64, 32], gl.NVMMASharedLayout(32, 8, rank=2)),
+        TensorDescriptor.from_tensor(x, [bm, 32], gl.NVMMASharedLayout(64, 16, rank=2)),
+        TensorDescriptor.from_tensor(y, [bm // pieces, 64], gl.NVMMASharedLayout(128, 16, rank=2)),
+        codes, scale, zero, offset, y if bias is None else bias, partials, counters, t, n, k,
+        BM=bm, STAGES=min(8, room), GROUP_STEPS=options["GROUP"] // UNIT, BITS=options["BITS"], D=options["D"],
+        ZERO_STEPS=ZERO_STEPS, SPLIT=splits > 1, HAS_ZERO=options["HAS_ZERO"], HAS_BIAS=bias is not None,
+        PIECES=pieces, REGISTERS={1: 240, 2: 104}[ctas], PDL=True,
+        num_warps=4, launch_pdl=True, **({} if ctas == 1 else {"maxnreg": 80}),
     )  # fmt: skip
     return y
 

@@ -1,6 +1,6 @@
 """Gluon kernel of ``tqcompile::lattice_linear`` for a few tokens: codes go from memory straight into ``mma.sync``.
 
-A warp takes 16 RT rows and every KS-th unit of 128 columns. A lane's 8 bytes of a row are two words of 16 codes: a
+A warp takes 16 RT rows and U / KS units of 128 columns. A lane's 8 bytes of a row are two words of 16 codes: a
 shift, a mask and a multiply-add leave codes i and i + 8 as an exact pair of floats, the operand of a product of depth
 16, and x_i, x_(i+8) are paired to match. Zero points and offsets act through the sums of x of a unit, which one more
 product (with ones, or with the offset) leaves where they are needed. No shared memory but for one sum over the KS
@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from tqcompile.kernels.gluon_common import grid_release, grid_wait, load_live
-from tqcompile.kernels.twin_skinny import _finish, _mma_float, _words
+from tqcompile.kernels.twin_skinny import _mma_float, _words, finish_tiles, shared_sums
 
 
 def _pairs(bits: int, pair: str, one: int, bases: tuple[int, int, int]) -> gl.constexpr:
@@ -101,48 +101,106 @@ def _offset_piece(value, lane, FLOAT: gl.constexpr):
     return bits | (bits << 16)
 
 
+@gluon.jit
+def _x_of_unit(
+    x, own, lane, word, unit: gl.constexpr, layout: gl.constexpr, T,
+    U: gl.constexpr, TILES: gl.constexpr, EDGE: gl.constexpr,
+):  # fmt: skip
+    """A lane's 64 values of x of every 8 tokens: four tuples of four registers. Lanes without a token read nothing,
+    which with one token saves most of the traffic from L1; what they hold is in columns that are not stored."""
+    found = ()
+    for j in gl.static_range(TILES):
+        token = 8 * j + lane // 4
+        at = x + token * (64 * U) + ((own + unit) * 64 + lane % 4 * 16 + word)
+        for i in gl.static_range(4):
+            if EDGE:
+                values = gl.load(at + 4 * i, mask=(token < T) & (own < U - unit), other=0)
+            else:
+                values = gl.load(at + 4 * i, mask=token < T)
+            found = found + (_words(values, layout),)
+    return found
+
+
+@gluon.jit
+def _parts(v, layout: gl.constexpr):
+    """(A, B, V) -> its V columns (A, B), for V of 1, 2, 4 or 8; nothing moves between lanes."""
+    V: gl.constexpr = v.shape[2]
+    if V == 1:
+        parts = (gl.reshape(v, [v.shape[0], v.shape[1]]),)
+    elif V == 2:
+        parts = gl.split(v)
+    else:
+        even, odd = gl.split(gl.reshape(v, [v.shape[0], v.shape[1], V // 2, 2]))
+        if V == 4:
+            a, b = gl.split(even), gl.split(odd)
+            parts = (a[0], b[0], a[1], b[1])
+        else:
+            e0, e1 = gl.split(gl.reshape(even, [v.shape[0], v.shape[1], 2, 2]))
+            o0, o1 = gl.split(gl.reshape(odd, [v.shape[0], v.shape[1], 2, 2]))
+            a, b, c, d = gl.split(e0), gl.split(e1), gl.split(o0), gl.split(o1)
+            parts = (a[0], c[0], b[0], d[0], a[1], c[1], b[1], d[1])
+    found = ()
+    for i in gl.static_range(V):
+        found = found + (gl.convert_layout(parts[i], layout, assert_trivial=True),)
+    return found
+
+
 @gluon.jit(do_not_specialize=["T"])
 def lattice_skinny(
     x, codes, scale, zero, offset, bias, y, T, N,
-    TILES: gl.constexpr, RT: gl.constexpr, RW: gl.constexpr, KS: gl.constexpr, UNROLL: gl.constexpr,
-    U: gl.constexpr, GROUP_UNITS: gl.constexpr, BITS: gl.constexpr, D: gl.constexpr, ZERO_STEPS: gl.constexpr,
-    FLOAT: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
+    TILES: gl.constexpr, RT: gl.constexpr, RW: gl.constexpr, KS: gl.constexpr, UNROLL: gl.constexpr, V: gl.constexpr,
+    U: gl.constexpr, OWN: gl.constexpr, GROUP_UNITS: gl.constexpr, BITS: gl.constexpr, D: gl.constexpr,
+    ZERO_STEPS: gl.constexpr, FLOAT: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """16 RT RW rows times 8 TILES tokens a program. U: units of 128 columns in K; GROUP_UNITS of them share a scale.
+    """16 RT RW rows times 8 TILES tokens a program. U: units of 128 columns in K; GROUP_UNITS of them
+    share a scale, and a warp takes OWN.
 
-    x: int32 view (T, 64 U) of values of type FLOAT. codes: int32 view (N, 4 BITS U). D: 0 for no offset.
+    x: int32 view (T, 64 U) of values of type FLOAT. codes: int32 view (N, 4 BITS U). D: 0 for no offset. V: scales of a
+    row that a lane loads at once, which must divide UNROLL, OWN and U: more than 1 only where GROUP_UNITS is.
     """
     WARPS: gl.constexpr = RW * KS
+    EDGE: gl.constexpr = OWN * KS > U  # the last warps have fewer
     ONE: gl.constexpr = GROUP_UNITS == U  # one scale a row: applied at the end
     SHIFTED: gl.constexpr = HAS_ZERO or D > 0
     KW: gl.constexpr = 4 * BITS * U
     of_x: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [WARPS, 1, 1], [2, 1, 0])  # (warps, lanes, words)
     of_w: gl.constexpr = gl.BlockedLayout([1, 1, 2], [1, 32, 1], [WARPS, 1, 1], [2, 1, 0])
+    of_s: gl.constexpr = gl.BlockedLayout([1, 1, V], [1, 32, 1], [WARPS, 1, 1], [2, 1, 0])
     flat: gl.constexpr = gl.SliceLayout(2, of_x)
     flat_w: gl.constexpr = gl.SliceLayout(2, of_w)
+    flat_s: gl.constexpr = gl.SliceLayout(2, of_s)
+    rooms = shared_sums(RT * TILES, RW, KS)
     if PDL:
         grid_release(N)
     warp = gl.expand_dims(gl.arange(0, WARPS, gl.SliceLayout(1, flat)), 1)
     lane = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, flat)), 0)
     warp_w = gl.expand_dims(gl.arange(0, WARPS, gl.SliceLayout(1, flat_w)), 1)
     lane_w = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, flat_w)), 0)
+    warp_s = gl.expand_dims(gl.arange(0, WARPS, gl.SliceLayout(1, flat_s)), 1)
+    lane_s = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, flat_s)), 0)
     word4 = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, of_x))), 0), 1)
     word2 = gl.expand_dims(gl.expand_dims(gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, of_w))), 0), 1)
-    # Warp i works on rows 16 (i % RW).. of every 16 RW of the program and on units i // RW, i // RW + KS, ...
+    scale_v = gl.expand_dims(gl.expand_dims(gl.arange(0, V, gl.SliceLayout(0, gl.SliceLayout(1, of_s))), 0), 1)
+    # Warp i works on rows 16 (i % RW).. of every 16 RW of the program and on units OWN (i // RW) .. of K.
     n0 = gl.program_id(0) * (16 * RT * RW)
-    own, own_w = warp // RW + lane * 0, warp_w // RW + lane_w * 0
+    own, own_w = warp // RW * OWN + lane * 0, warp_w // RW * OWN + lane_w * 0
+    own_s = warp_s // RW * OWN + lane_s * 0
     own3, lane3 = gl.expand_dims(own, 2), gl.expand_dims(lane, 2)
     own_w3, lane_w3 = gl.expand_dims(own_w, 2), gl.expand_dims(lane_w, 2)
+    own_s3 = gl.expand_dims(own_s, 2)
     w_at = ()
     high_at = ()
     group_at = ()
+    row_at = ()
     for r in gl.static_range(2 * RT):  # rows lane/4, then lane/4 + 8, of every tile
         first = n0 + r // 2 * (16 * RW) + r % 2 * 8
         row_w = gl.minimum(first + warp_w % RW * 16 + lane_w // 4, N - 1).to(gl.int64) * KW
         row = gl.minimum(first + warp % RW * 16 + lane // 4, N - 1)
+        row_s = gl.minimum(first + warp_s % RW * 16 + lane_s // 4, N - 1)
         w_at = w_at + (codes + gl.expand_dims(row_w, 2) + (own_w3 * 8 + lane_w3 % 4 * 2 + word2),)
         high_at = high_at + (codes + row.to(gl.int64) * KW + (8 * U + own * 4 + lane % 4),)
-        group_at = group_at + (row * (U // GROUP_UNITS),)
+        group_at = group_at + (gl.expand_dims(row_s * (U // GROUP_UNITS), 2),)
+        row_at = row_at + (row,)
     ones = ()  # what multiplies x for the sum that a zero point or an offset needs, for columns 0 to 3 of every four
     if D > 0:
         for i in gl.static_range(4):
@@ -158,82 +216,102 @@ def lattice_skinny(
         sums = sums + ((none, none, none, none),)
     for _i in gl.static_range(TILES):
         totals = totals + ((none, none, none, none),)
-    for start in gl.static_range(0, U, KS * UNROLL):
+    for start in gl.static_range(0, OWN, UNROLL):
         ws = ()
         highs = ()
-        scales = ()
+        scales = ()  # of every row, of every unit
         zeros = ()
-        for unit in gl.static_range(start, start + KS * UNROLL, KS):
-            if unit < U:
+        for i in gl.static_range(UNROLL):
+            if start + i < OWN:
                 for r in gl.static_range(2 * RT):
-                    ws = ws + (load_live(w_at[r] + unit * 8, own_w3 < U - unit, unit + KS > U),)
+                    ws = ws + (load_live(w_at[r] + (start + i) * 8, own_w3 < U - start - i, EDGE),)
                     if BITS == 3:
-                        highs = highs + (load_live(high_at[r] + unit * 4, own < U - unit, unit + KS > U),)
-                    if not ONE:
-                        at = group_at[r] + (own + unit) // GROUP_UNITS
-                        scales = scales + (load_live(scale + at, own < U - unit, unit + KS > U),)
+                        highs = highs + (load_live(high_at[r] + (start + i) * 4, own < U - start - i, EDGE),)
+        if not ONE:
+            for r in gl.static_range(2 * RT):
+                of_row = ()
+                zeros_of_row = ()
+                for i in gl.static_range(0, UNROLL, V):
+                    if start + i < OWN:
+                        at = group_at[r] + (own_s3 + (start + i) + scale_v) // GROUP_UNITS
+                        of_row = of_row + _parts(load_live(scale + at, own_s3 < U - start - i, EDGE), flat)
                         if HAS_ZERO:
-                            zeros = zeros + (load_live(zero + at, own < U - unit, unit + KS > U),)
+                            zeros_of_row = zeros_of_row + _parts(
+                                load_live(zero + at, own_s3 < U - start - i, EDGE), flat
+                            )
+                scales = scales + (of_row,)
+                zeros = zeros + (zeros_of_row,)
         if PDL and start == 0:
             x += 4 * grid_wait(N)  # 16 bytes stay 16 bytes for the compiler
-        for unit in gl.static_range(start, start + KS * UNROLL, KS):
-            if unit < U:
+        if start == 0:
+            ahead = _x_of_unit(x, own3, lane3, word4, 0, flat, T, U, TILES, EDGE)
+        for i in gl.static_range(UNROLL):
+            if start + i < OWN:
+                now = ahead
+                if start + i + 1 < OWN:  # from L2 x takes as long as a unit of work
+                    ahead = _x_of_unit(x, own3, lane3, word4, start + i + 1, flat, T, U, TILES, EDGE)
                 rows = ()  # the codes of every row, word by word
                 for r in gl.static_range(2 * RT):
-                    low0, low1 = gl.split(ws[(unit - start) // KS * 2 * RT + r])
-                    low0 = gl.convert_layout(low0, flat, assert_trivial=True)
-                    low1 = gl.convert_layout(low1, flat, assert_trivial=True)
+                    low0, low1 = _parts(ws[i * 2 * RT + r], flat)
                     high0, high1 = low0, low1
                     if BITS == 3:
-                        high0 = _permute(highs[(unit - start) // KS * 2 * RT + r], 0 * low0, 0x4140)
-                        high1 = _permute(highs[(unit - start) // KS * 2 * RT + r], 0 * low0, 0x4342)
+                        high0 = _permute(highs[i * 2 * RT + r], 0 * low0, 0x4140)
+                        high1 = _permute(highs[i * 2 * RT + r], 0 * low0, 0x4342)
                     rows = rows + (_codes(low0, high0, BITS, FLOAT), _codes(low1, high1, BITS, FLOAT))
                 new = ()
                 new_totals = ()
                 for j in gl.static_range(TILES):
-                    token = gl.minimum(8 * j + lane3 // 4, T - 1)
-                    at = x + token * (64 * U) + ((own3 + unit) * 64 + lane3 % 4 * 16 + word4)
-                    pairs = ()
-                    for half in gl.static_range(2):
-                        a = _words(load_live(at + 8 * half, own3 < U - unit, unit + KS > U), flat)
-                        b = _words(load_live(at + 8 * half + 4, own3 < U - unit, unit + KS > U), flat)
-                        pairs = pairs + (_paired(a + b),)
+                    pairs = (_paired(now[4 * j] + now[4 * j + 1]), _paired(now[4 * j + 2] + now[4 * j + 3]))
                     total = totals[j] if ONE else (none, none, none, none)
                     if SHIFTED:
-                        for half in gl.static_range(2):
-                            total = _mma_word(ones + ones, ones + ones, pairs[half], total, FLOAT)
+                        total = _totals(ones, pairs[0], pairs[1], total, FLOAT)
                     new_totals = new_totals + (total,)
+                    whole = total if ONE else _whole(total, D)
                     for r in gl.static_range(RT):
                         c = sums[j * RT + r] if ONE else (none, none, none, none)
                         for half in gl.static_range(2):
                             c = _mma_word(rows[4 * r + half], rows[4 * r + 2 + half], pairs[half], c, FLOAT)
                         if not ONE:
-                            sa = scales[(unit - start) // KS * 2 * RT + 2 * r].to(gl.float32)
-                            sb = scales[(unit - start) // KS * 2 * RT + 2 * r + 1].to(gl.float32)
+                            sa = scales[2 * r][i].to(gl.float32)
+                            sb = scales[2 * r + 1][i].to(gl.float32)
                             za, zb = none, none
                             if HAS_ZERO:
-                                za = zeros[(unit - start) // KS * 2 * RT + 2 * r].to(gl.float32) * (-1.0 / ZERO_STEPS)
-                                zb = zeros[(unit - start) // KS * 2 * RT + 2 * r + 1].to(gl.float32) * (
-                                    -1.0 / ZERO_STEPS
-                                )
-                            c = _scaled(c, total, sums[j * RT + r], sa, sb, za, zb, HAS_ZERO, D)
+                                za = zeros[2 * r][i].to(gl.float32) * (-1.0 / ZERO_STEPS)
+                                zb = zeros[2 * r + 1][i].to(gl.float32) * (-1.0 / ZERO_STEPS)
+                            c = _scaled(c, whole, sums[j * RT + r], sa, sb, za, zb, HAS_ZERO, D)
                         new = new + (c,)
                 sums = new
                 totals = new_totals
+    tiles = ()
     for j in gl.static_range(TILES):
         for r in gl.static_range(RT):
             c = sums[j * RT + r]
             if ONE:
-                sa = gl.load(scale + group_at[2 * r]).to(gl.float32)
-                sb = gl.load(scale + group_at[2 * r + 1]).to(gl.float32)
+                sa = gl.load(scale + row_at[2 * r]).to(gl.float32)
+                sb = gl.load(scale + row_at[2 * r + 1]).to(gl.float32)
                 za, zb = none, none
                 if HAS_ZERO:
-                    za = gl.load(zero + group_at[2 * r]).to(gl.float32) * (-1.0 / ZERO_STEPS)
-                    zb = gl.load(zero + group_at[2 * r + 1]).to(gl.float32) * (-1.0 / ZERO_STEPS)
-                c = _scaled(c, totals[j], (none, none, none, none), sa, sb, za, zb, HAS_ZERO, D)
-            _finish(
-                c[0], c[1], c[2], c[3], n0 + r * 16 * RW, 8 * j, bias, y, y, T, N, RW, KS, HAS_BIAS, False
-            )  # fmt: skip
+                    za = gl.load(zero + row_at[2 * r]).to(gl.float32) * (-1.0 / ZERO_STEPS)
+                    zb = gl.load(zero + row_at[2 * r + 1]).to(gl.float32) * (-1.0 / ZERO_STEPS)
+                c = _scaled(c, _whole(totals[j], D), (none, none, none, none), sa, sb, za, zb, HAS_ZERO, D)
+            tiles = tiles + (c,)
+    finish_tiles(tiles, rooms, n0, bias, y, y, T, N, RT * TILES, RT, RW, KS, HAS_BIAS, False)
+
+
+@gluon.jit
+def _totals(ones, pairs0, pairs1, c, FLOAT: gl.constexpr):
+    """c + the sums of a unit of x that its zero points or the offset need, as four values of a product."""
+    c = _mma_word(ones + ones, ones + ones, pairs0, c, FLOAT)
+    return _mma_word(ones + ones, ones + ones, pairs1, c, FLOAT)
+
+
+@gluon.jit
+def _whole(total, D: gl.constexpr):
+    """A total of all pieces of an offset: its rows hold the three, and nothing. Others are whole already."""
+    if D > 0:
+        t0, t1 = _sum_of_pieces(total[0]), _sum_of_pieces(total[1])
+        total = (t0, t1, t0, t1)
+    return total
 
 
 @gluon.jit
@@ -241,9 +319,7 @@ def _scaled(c, total, old, sa, sb, za, zb, HAS_ZERO: gl.constexpr, D: gl.constex
     """old + scale * (c + what the zero point or the offset adds); a, b: of rows lane/4 and lane/4 + 8."""
     c0, c1, c2, c3 = c
     if D > 0:
-        # Rows of the total hold the three pieces of the offset, and nothing.
-        t0, t1 = _sum_of_pieces(total[0]), _sum_of_pieces(total[1])
-        c0, c1, c2, c3 = c0 + t0, c1 + t1, c2 + t0, c3 + t1
+        c0, c1, c2, c3 = c0 + total[0], c1 + total[1], c2 + total[2], c3 + total[3]
     elif HAS_ZERO:
         c0, c1, c2, c3 = c0 + za * total[0], c1 + za * total[1], c2 + zb * total[2], c3 + zb * total[3]
     return old[0] + c0 * sa, old[1] + c1 * sa, old[2] + c2 * sb, old[3] + c3 * sb

@@ -37,7 +37,7 @@ except ImportError as error:  # Gluon is experimental: a Triton release may move
 
 _HALVES = (torch.float16, torch.bfloat16)
 _RANKS = (0, 32, 64, 128)  # of the wgmma form
-_SHARED_BYTES = 227 * 1024  # of a Hopper multiprocessor
+SHARED_BYTES = 227 * 1024  # of a Hopper multiprocessor
 # Microseconds of one K step of a tile of 128 rows on one H200 multiprocessor, by tokens of the tile. Measured.
 _STEP_US = {8: 0.34, 16: 0.34, 32: 0.34, 64: 0.35, 128: 0.43, 256: 0.69}
 _FLOAT_STEP_US = {8: 0.34, 16: 0.34, 32: 0.36, 64: 0.68, 128: 0.85, 256: 1.42}  # on an H100
@@ -126,7 +126,7 @@ class _Problem:
         return found
 
 
-def _splits(tiles: int, steps: int, bm: int, sms: int, step_us: float) -> tuple[float, int]:
+def fastest_split(tiles: int, steps: int, bm: int, sms: int, step_us: float) -> tuple[float, int]:
     """(microseconds, S): the fastest way to cut each of ``tiles`` into S parts of K, by the measured step time."""
 
     def cost(s: int) -> float:
@@ -140,7 +140,7 @@ def _stages(p: _Problem, bm: int, ctas: int) -> int:
     """Buffers of the wgmma form that fit into shared memory; it needs two."""
     stage = 128 * 64 + 2 * bm * 64 * p.operand.itemsize
     rest = 2 * bm * max(p.r, 8) + 2 * min(bm, 128) * 64 * 2 + 2048
-    return min(8, (_SHARED_BYTES // ctas - rest) // stage)
+    return min(8, (SHARED_BYTES // ctas - rest) // stage)
 
 
 def choose(p: _Problem) -> dict:
@@ -155,7 +155,9 @@ def choose(p: _Problem) -> dict:
     if "wgmma" in can:
         step_us = _STEP_US if p.operand == torch.int8 else _FLOAT_STEP_US
         sizes = [bm for bm in step_us if min(p.t, 64) <= bm and (bm < 2 * p.t or bm == 8) and _stages(p, bm, 1) >= 2]
-        costs = [(*_splits(-(-p.n // 128) * -(-p.t // bm), p.k // 128, bm, p.sms, step_us[bm]), bm) for bm in sizes]
+        costs = [
+            (*fastest_split(-(-p.n // 128) * -(-p.t // bm), p.k // 128, bm, p.sms, step_us[bm]), bm) for bm in sizes
+        ]
         _, splits, bm = min(costs)
         # Two programs on a multiprocessor have half the registers each: only where there are that many.
         more = -(-p.n // 128) * -(-p.t // bm) * splits > p.sms

@@ -88,26 +88,46 @@ def _store(value, n, m, bias, addend, y, T, N, HAS_BIAS: gl.constexpr, HAS_ADDEN
 
 
 @gluon.jit
-def _finish(
-    v0, v1, v2, v3, n0, m0, bias, addend, y, T, N,
-    RW: gl.constexpr, KS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_ADDEND: gl.constexpr,
+def shared_sums(TILES: gl.constexpr, RW: gl.constexpr, KS: gl.constexpr):
+    """Room for the sums of TILES tiles by all warps of a program."""
+    SIZE: gl.constexpr = RW * 128 if KS > 1 else 1
+    return gl.allocate_shared_memory(gl.float32, [TILES, KS, SIZE], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+
+
+@gluon.jit
+def finish_tiles(
+    tiles, rooms, n0, bias, addend, y, T, N,
+    COUNT: gl.constexpr, RT: gl.constexpr, RW: gl.constexpr, KS: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_ADDEND: gl.constexpr,
 ):  # fmt: skip
-    """Sum over the warps that share rows, and store the four values of every lane."""
-    both = gl.join(gl.join(v0, v1), gl.join(v2, v3))
-    if KS > 1:
-        both = gl.sum(gl.reshape(both, [KS, RW, 32, 2, 2]), axis=0)
-    top, bottom = gl.split(both)
-    y0, y1 = gl.split(top)
-    y2, y3 = gl.split(bottom)
-    layout: gl.constexpr = y0.type.layout
-    lane = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, layout)), 0)
-    rows = gl.expand_dims(gl.arange(0, RW, gl.SliceLayout(1, layout)), 1) * 16
-    n = n0 + rows + lane // 4
-    m = m0 + 2 * (lane % 4) + 0 * rows
-    _store(y0, n, m, bias, addend, y, T, N, HAS_BIAS, HAS_ADDEND)
-    _store(y1, n, m + 1, bias, addend, y, T, N, HAS_BIAS, HAS_ADDEND)
-    _store(y2, n + 8, m, bias, addend, y, T, N, HAS_BIAS, HAS_ADDEND)
-    _store(y3, n + 8, m + 1, bias, addend, y, T, N, HAS_BIAS, HAS_ADDEND)
+    """Add what the KS warps that share rows have, in their order, and store it.
+
+    tiles: COUNT times the four values of a lane, (warps, lanes) each: of every 8 tokens in turn, RT tiles of rows. n0:
+    first row of the first; the next tile of rows is 16 RW further.
+    """
+    if KS == 1:
+        for i in gl.static_range(COUNT):
+            v0, v1, v2, v3 = tiles[i]
+            lane = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, v0.type.layout)), 0)
+            warp = gl.expand_dims(gl.arange(0, RW, gl.SliceLayout(1, v0.type.layout)), 1)
+            n = n0 + i % RT * (16 * RW) + warp * 16 + lane // 4
+            m = i // RT * 8 + 2 * (lane % 4) + 0 * warp
+            _store(v0, n, m, bias, addend, y, T, N, HAS_BIAS, HAS_ADDEND)
+            _store(v1, n, m + 1, bias, addend, y, T, N, HAS_BIAS, HAS_ADDEND)
+            _store(v2, n + 8, m, bias, addend, y, T, N, HAS_BIAS, HAS_ADDEND)
+            _store(v3, n + 8, m + 1, bias, addend, y, T, N, HAS_BIAS, HAS_ADDEND)
+    else:
+        for i in gl.static_range(COUNT):  # 16 bytes a lane, no two of them in one bank
+            v0, v1, v2, v3 = tiles[i]
+            rooms.index(i).store(gl.reshape(gl.join(gl.join(v0, v2), gl.join(v1, v3)), [KS, RW * 128]))
+        gl.thread_barrier()
+        across: gl.constexpr = gl.BlockedLayout([KS, 1], [1, 32], [1, RW * KS], [1, 0])
+        at = gl.arange(0, RW * 128, gl.SliceLayout(0, across))
+        for i in gl.static_range(COUNT):
+            n = n0 + i % RT * (16 * RW) + at // 128 * 16 + at // 16 % 8 + at // 2 % 2 * 8
+            m = i // RT * 8 + at // 4 % 4 * 2 + at % 2
+            value = gl.sum(rooms.index(i).load(across), axis=0)
+            _store(value, n, m, bias, addend, y, T, N, HAS_BIAS, HAS_ADDEND)
 
 
 @gluon.jit(do_not_specialize=["T"])
@@ -125,6 +145,7 @@ def twin_skinny(
     out: gl.constexpr = y.dtype.element_ty
     cube: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [RW * KS, 1, 1], [2, 1, 0])  # (warps, lanes, words)
     flat: gl.constexpr = gl.SliceLayout(2, cube)
+    rooms = shared_sums(TILES, RW, KS)
     if PDL:
         grid_release(N)
     warp = gl.expand_dims(gl.arange(0, RW * KS, gl.SliceLayout(1, flat)), 1)
@@ -210,6 +231,7 @@ def twin_skinny(
         # Of the warps that share rows, one adds the low-rank part.
         first = (own == 0).to(gl.float32)
         up_a, up_b = up_a.to(gl.float32) * first, up_b.to(gl.float32) * first
+    tiles = ()
     for j in gl.static_range(TILES):
         v0, v1, v2, v3 = sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]
         if FLOAT is None:
@@ -226,4 +248,5 @@ def twin_skinny(
                 e0, e1, o0, o1 = gl.load(at), gl.load(at + 1), gl.load(at + R // 4), gl.load(at + R // 4 + 1)
                 c0, c1, c2, c3 = _mma_words(uas[k // 4], ubs[k // 4], e0, e1, o0, o1, c0, c1, c2, c3, out)
             v0, v1, v2, v3 = v0 + c0 * up_a, v1 + c1 * up_a, v2 + c2 * up_b, v3 + c3 * up_b
-        _finish(v0, v1, v2, v3, n0, 8 * j, bias, addend, y, T, N, RW, KS, HAS_BIAS, HAS_ADDEND)
+        tiles = tiles + ((v0, v1, v2, v3),)
+    finish_tiles(tiles, rooms, n0, bias, addend, y, T, N, TILES, 1, RW, KS, HAS_BIAS, HAS_ADDEND)

@@ -35,9 +35,10 @@ def random_arguments(t, n, k, groups, bits, dtype, shift, bias, device="cpu", se
     return x, codes, scale, zero, offset, torch.randn(n, generator=g, device=device) if bias else None, bits
 
 
-def worst(y, x, codes, scale, zero, offset, bias, bits, rounded_weights=False) -> float:
+def worst(y, x, codes, scale, zero, offset, bias, bits, form="exact") -> float:
     """The largest error of ``y`` over its bound: one rounding of the result, and fp32 sums of the products of x with
-    codes and with shifts (a tensor core may lose a bit an addition); rounded_weights: weights were rounded too."""
+    codes and with shifts (a tensor core may lose a bit an addition). form: "dense" and "wgmma" round the weights too,
+    and "wgmma" what an offset adds to the middle of the codes, times the scale."""
     k, groups = x.shape[-1], scale.shape[1]
     wide, c = x.double(), unpack_codes(codes, bits).double()
     s = scale.double().repeat_interleave(k // groups, 1)
@@ -49,6 +50,10 @@ def worst(y, x, codes, scale, zero, offset, bias, bits, rounded_weights=False) -
     exact = wide @ ((c + shift) * s).t()
     size = wide.abs() @ ((c + shift.abs()) * s).t()
     bound = (k // 16 + 40) * 2.0**-23 * size
+    rounded_weights = form in ("dense", "wgmma")
+    if form == "wgmma" and offset is not None:
+        beyond = (offset.double() + ((1 << bits) - 1) / 2).abs().repeat(k // len(offset)).expand_as(c)
+        bound = bound + EPS[x.dtype] / 2 * (wide.abs() @ (beyond * s).t())
     if rounded_weights:
         bound = bound + EPS[x.dtype] * (wide.abs() @ ((c + shift).abs() * s).t())
     if bias is not None:

@@ -27,7 +27,8 @@ def _poisoned_outputs():
 def test_the_kernel_is_within_its_bound(case):
     args = random_arguments(*case)
     assert kernel.unsupported(*args) is None
-    assert worst(kernel.launch(*args), *args, rounded_weights=case[0] > kernel.DENSE_TOKENS) <= 1
+    form = "dense" if case[0] > kernel.DENSE_TOKENS else "exact"
+    assert worst(kernel.launch(*args), *args, form=form) <= 1
     assert kernel.describe(*args) == ("dense" if case[0] > kernel.DENSE_TOKENS else "fused")
     assert worst(lattice_linear_reference(*args), *args) <= 1
 

@@ -31,7 +31,7 @@ def poisoned_memory():
 
 def run(args):
     assert kernel.unsupported(*args) is None
-    with poisoned_memory() if args[0].shape[0] <= kernel.DENSE_TOKENS else contextlib.nullcontext():
+    with contextlib.nullcontext() if kernel.describe(*args) == "dense" else poisoned_memory():
         return kernel.launch(*args)
 
 
@@ -41,13 +41,14 @@ def test_layer_shapes_are_within_their_bound(n, k, bits):
     for t in TOKENS:
         shift, groups = ("zero", k // 128) if bits == 3 else ("offset", 1)
         args = random_arguments(t, n, k, groups, bits, torch.bfloat16, shift, t == 3, device="cuda")
-        assert worst(run(args), *args, rounded_weights=t > kernel.DENSE_TOKENS) <= 1, t
+        assert kernel.describe(*args) == ("skinny" if t <= 16 else "wgmma")
+        assert worst(run(args), *args, form=kernel.describe(*args)) <= 1, t
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_odd_shapes_are_within_their_bound(case):
     args = random_arguments(*case, device="cuda")
-    assert worst(run(args), *args, rounded_weights=case[0] > kernel.DENSE_TOKENS) <= 1
+    assert worst(run(args), *args, form=kernel.describe(*args)) <= 1
 
 
 @pytest.mark.parametrize("scheme", ["d2-w2a16", "d2-w3a16", "unisvq-w2a16", "twin-w2a16"])
@@ -78,10 +79,10 @@ SKINNY_CASES = [
     (7, 70, 512, 1, 3, torch.float16, "offset", True),
     (8, 33, 1408, 11, 3, torch.bfloat16, "none", False),
     (9, 57, 896, 7, 2, torch.float16, "none", True),
-    (17, 200, 384, 1, 2, torch.bfloat16, "zero", True),
-    (33, 91, 1024, 8, 3, torch.bfloat16, "offset", True),
-    (64, 49, 2048, 16, 2, torch.bfloat16, "offset", False),
-    (61, 66, 256, 2, 3, torch.float16, "zero", False),
+    (13, 200, 384, 1, 2, torch.bfloat16, "zero", True),
+    (16, 91, 1024, 8, 3, torch.bfloat16, "offset", True),
+    (16, 49, 2048, 16, 2, torch.bfloat16, "offset", False),
+    (15, 66, 256, 2, 3, torch.float16, "zero", False),
 ]
 
 
@@ -90,11 +91,42 @@ def test_the_skinny_form_is_within_its_bound_in_every_cut(case):
     args = random_arguments(*case, device="cuda", seed=case[1])
     assert kernel.describe(*args) == "skinny"
     assert worst(run(args), *args) <= 1
-    for cut in ((1, 1, 1, 1), (1, 2, 4, 2), (2, 1, 4, 3), (2, 2, 8, 1)):
+    for cut in ((1, 1, 1, 1), (1, 2, 4, 2), (2, 1, 4, 3), (2, 2, 8, 1), (2, 1, 8, 4, 128)):
         with poisoned_memory():
             first = kernel.launch(*args, tile=kernel.Skinny(*cut))
             again = [kernel.launch(*args, tile=kernel.Skinny(*cut)) for _ in range(5)]
         assert worst(first, *args) <= 1, cut
+        assert all(torch.equal(y, first) for y in again), cut
+
+
+# N is a multiple of 8; tokens and rows that tiles leave over, one group a row, several steps a group.
+WGMMA_CASES = [
+    (17, 136, 256, 2, 2, torch.bfloat16, "zero", True),
+    (30, 264, 1152, 9, 2, torch.bfloat16, "offset", False),
+    (65, 72, 640, 5, 3, torch.bfloat16, "zero", False),
+    (70, 128, 512, 1, 3, torch.bfloat16, "offset", True),
+    (129, 200, 768, 3, 2, torch.float16, "zero", True),
+    (300, 96, 384, 3, 2, torch.float16, "offset", False),
+    (257, 320, 1408, 11, 3, torch.float16, "zero", True),
+    (40, 64, 128, 1, 3, torch.float16, "offset", False),
+    (513, 104, 1024, 8, 2, torch.bfloat16, "none", True),
+    (20, 248, 2048, 8, 3, torch.bfloat16, "none", False),
+]
+
+
+@pytest.mark.parametrize("case", WGMMA_CASES)
+def test_the_wgmma_form_is_within_its_bound_in_every_cut(case):
+    args = list(random_arguments(*case, device="cuda", seed=case[1]))
+    args[2] = args[2].to(case[5])  # scales of another dtype go through the other forms
+    assert kernel.describe(*args) == "wgmma"
+    assert worst(run(args), *args, form="wgmma") <= 1
+    for cut in ((16, 1, 2), (32, 2, 1), (64, 3, 2), (128, 1, 1), (128, 2, 1), (256, 1, 1), (256, 3, 1)):
+        if cut[1] * 2 > case[2] // 128:
+            continue
+        with poisoned_memory():
+            first = kernel.launch(*args, tile=kernel.Wgmma(*cut))
+            again = [kernel.launch(*args, tile=kernel.Wgmma(*cut)) for _ in range(5)]
+        assert worst(first, *args, form="wgmma") <= 1, cut
         assert all(torch.equal(y, first) for y in again), cut
 
 
@@ -107,7 +139,7 @@ def test_the_bound_sees_one_wrong_code():
 
 
 @pytest.mark.parametrize("bits", [2, 3])
-@pytest.mark.parametrize("t", [1, 2, 12])
+@pytest.mark.parametrize("t", [1, 2, 12, 40, 200])
 def test_one_result_whatever_runs_beside_it_and_in_a_graph(t, bits):
     args = random_arguments(t, 4096, 4096, 32, bits, torch.bfloat16, "zero", False, device="cuda")
     first = ops.lattice_linear(*args)
