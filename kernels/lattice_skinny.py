@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from tqcompile.kernels.gluon_common import grid_release, grid_wait, load_live
-from tqcompile.kernels.twin_skinny import _mma_float, _words, finish_tiles, shared_sums
+from tqcompile.kernels.twin_skinny import _mma_float, _words, finish_tiles, shared_sums, split_columns
 
 
 def _pairs(bits: int, pair: str, one: int, bases: tuple[int, int, int]) -> gl.constexpr:
@@ -121,30 +121,6 @@ def _x_of_unit(
     return found
 
 
-@gluon.jit
-def _parts(v, layout: gl.constexpr):
-    """(A, B, V) -> its V columns (A, B), for V of 1, 2, 4 or 8; nothing moves between lanes."""
-    V: gl.constexpr = v.shape[2]
-    if V == 1:
-        parts = (gl.reshape(v, [v.shape[0], v.shape[1]]),)
-    elif V == 2:
-        parts = gl.split(v)
-    else:
-        even, odd = gl.split(gl.reshape(v, [v.shape[0], v.shape[1], V // 2, 2]))
-        if V == 4:
-            a, b = gl.split(even), gl.split(odd)
-            parts = (a[0], b[0], a[1], b[1])
-        else:
-            e0, e1 = gl.split(gl.reshape(even, [v.shape[0], v.shape[1], 2, 2]))
-            o0, o1 = gl.split(gl.reshape(odd, [v.shape[0], v.shape[1], 2, 2]))
-            a, b, c, d = gl.split(e0), gl.split(e1), gl.split(o0), gl.split(o1)
-            parts = (a[0], c[0], b[0], d[0], a[1], c[1], b[1], d[1])
-    found = ()
-    for i in gl.static_range(V):
-        found = found + (gl.convert_layout(parts[i], layout, assert_trivial=True),)
-    return found
-
-
 @gluon.jit(do_not_specialize=["T"])
 def lattice_skinny(
     x, codes, scale, zero, offset, bias, y, T, N,
@@ -234,9 +210,9 @@ def lattice_skinny(
                 for i in gl.static_range(0, UNROLL, V):
                     if start + i < OWN:
                         at = group_at[r] + (own_s3 + (start + i) + scale_v) // GROUP_UNITS
-                        of_row = of_row + _parts(load_live(scale + at, own_s3 < U - start - i, EDGE), flat)
+                        of_row = of_row + split_columns(load_live(scale + at, own_s3 < U - start - i, EDGE), flat)
                         if HAS_ZERO:
-                            zeros_of_row = zeros_of_row + _parts(
+                            zeros_of_row = zeros_of_row + split_columns(
                                 load_live(zero + at, own_s3 < U - start - i, EDGE), flat
                             )
                 scales = scales + (of_row,)
@@ -252,7 +228,7 @@ def lattice_skinny(
                     ahead = _x_of_unit(x, own3, lane3, word4, start + i + 1, flat, T, U, TILES, EDGE)
                 rows = ()  # the codes of every row, word by word
                 for r in gl.static_range(2 * RT):
-                    low0, low1 = _parts(ws[i * 2 * RT + r], flat)
+                    low0, low1 = split_columns(ws[i * 2 * RT + r], flat)
                     high0, high1 = low0, low1
                     if BITS == 3:
                         high0 = _permute(highs[i * 2 * RT + r], 0 * low0, 0x4140)

@@ -145,15 +145,20 @@ def _stages(p: _Problem, bm: int, ctas: int) -> int:
 
 def choose(p: _Problem) -> dict:
     """The configuration of a problem, by rule."""
-    can = p.kernels()
-    few = p.t <= 2 or (p.t <= 4 and "wgmma" not in can and "skinny" not in can)
+    can, weights, int8 = p.kernels(), p.n * p.k, p.operand == torch.int8
+    # A second token costs the gemv form as much as the first where it is bound by arithmetic.
+    few = p.t == 1 or (p.t == 2 and p.k > 8192) or (p.t <= 4 and "wgmma" not in can and "skinny" not in can)
     if "gemv" in can and few:
         return {"kernel": "gemv", "rows": 4 if p.n < 2 * p.k and p.t == 1 else 2, "warps": 4, "unroll": 4}
-    if "skinny" in can and p.t <= 16 and ("wgmma" not in can or p.t <= (8 if p.n * p.k < 2**25 else 4)):
-        ks = 8 if p.k > 8192 else 4
-        return {"kernel": "skinny", "rw": 2 if ks == 8 and p.t > 8 else 1, "ks": ks, "unroll": 2 if p.t > 8 else 4}
+    # From 9 tokens on the skinny form reads x twice and more often, so it is for small layers.
+    small = p.t <= 8 or weights <= 2**24 or (p.t <= 16 and weights < 2**26 and (int8 or p.k <= 8192))
+    if "skinny" in can and (small or (p.t <= 16 and "wgmma" not in can)):
+        large, deep = int8 and weights >= 2**26, p.k > 8192
+        if p.t <= 8:
+            return {"kernel": "skinny", "rw": 1, "ks": 4 if large else 8, "unroll": 2 if large or deep else 4}
+        return {"kernel": "skinny", "rw": 2 if deep else 1, "ks": 8 if deep else 4, "unroll": 2}
     if "wgmma" in can:
-        step_us = _STEP_US if p.operand == torch.int8 else _FLOAT_STEP_US
+        step_us = _STEP_US if int8 else _FLOAT_STEP_US
         sizes = [bm for bm in step_us if min(p.t, 64) <= bm and (bm < 2 * p.t or bm == 8) and _stages(p, bm, 1) >= 2]
         costs = [
             (*fastest_split(-(-p.n // 128) * -(-p.t // bm), p.k // 128, bm, p.sms, step_us[bm]), bm) for bm in sizes
@@ -262,13 +267,17 @@ def _run_gemv(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias
 def _run_skinny(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias, addend) -> None:
     rw, ks = config["rw"], config["ks"]
     kind = {torch.int8: None, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[p.operand]
-    words = w.view(torch.int32)
+    words, groups = w.view(torch.int32), p.k // 128
+    # Scales of neighbouring groups are loaded at once, so groups a warp are rounded up to what that needs.
+    vector = math.gcd(groups, config["unroll"], 8) if p.group == 128 else 1
+    own = -(-groups // (ks * vector)) * vector
     twin_skinny[(-(-p.n // (16 * rw)),)](
         x.view(torch.int32), scale if x_scale is None else x_scale, words if t is None else t.view(torch.int32), words,
         scale, words if up is None else up.view(torch.int32), scale if up is None else up_scale,
         _or(bias, y), _or(addend, y), y, p.t, p.n, p.k // 8,
-        TILES=-(-p.t // 8), RW=rw, KS=ks, UNROLL=config["unroll"], G=p.k // 128, GROUP_STEPS=p.group // 128, R=p.r,
-        FLOAT=kind, HAS_BIAS=bias is not None, HAS_ADDEND=addend is not None, PDL=_dependent(p),
+        TILES=-(-p.t // 8), RW=rw, KS=ks, UNROLL=config["unroll"], V=vector, G=groups, OWN=own,
+        GROUP_STEPS=p.group // 128, R=p.r, FLOAT=kind,
+        HAS_BIAS=bias is not None, HAS_ADDEND=addend is not None, PDL=_dependent(p),
         num_warps=rw * ks, launch_pdl=_dependent(p),
     )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Gluon kernel of ``tqcompile::twin_gemm`` for a few tokens: weights go from memory straight into ``mma.sync``.
 
-A warp takes 16 rows and every KS-th group of 128 channels. A lane's 16 bytes of a row hold what four products of
+A warp takes 16 rows and OWN groups of 128 channels. A lane's 16 bytes of a row hold what four products of
 depth 32 (16 for floats) expect in its registers: low nibbles meet the even channels, high nibbles the odd ones,
 and in plane order those are 16 contiguous bytes of x too. No shared memory but for one sum over the KS warps that
 share rows, in a fixed order. Group scales are applied to the fp32 sum of each group.
@@ -30,6 +30,30 @@ def _words(v, layout: gl.constexpr):
         gl.convert_layout(w2, layout, assert_trivial=True),
         gl.convert_layout(w3, layout, assert_trivial=True),
     )
+
+
+@gluon.jit
+def split_columns(v, layout: gl.constexpr):
+    """(A, B, V) -> its V columns (A, B), for V of 1, 2, 4 or 8; nothing moves between lanes."""
+    V: gl.constexpr = v.shape[2]
+    if V == 1:
+        parts = (gl.reshape(v, [v.shape[0], v.shape[1]]),)
+    elif V == 2:
+        parts = gl.split(v)
+    else:
+        even, odd = gl.split(gl.reshape(v, [v.shape[0], v.shape[1], V // 2, 2]))
+        if V == 4:
+            a, b = gl.split(even), gl.split(odd)
+            parts = (a[0], b[0], a[1], b[1])
+        else:
+            e0, e1 = gl.split(gl.reshape(even, [v.shape[0], v.shape[1], 2, 2]))
+            o0, o1 = gl.split(gl.reshape(odd, [v.shape[0], v.shape[1], 2, 2]))
+            a, b, c, d = gl.split(e0), gl.split(e1), gl.split(o0), gl.split(o1)
+            parts = (a[0], c[0], b[0], d[0], a[1], c[1], b[1], d[1])
+    found = ()
+    for i in gl.static_range(V):
+        found = found + (gl.convert_layout(parts[i], layout, assert_trivial=True),)
+    return found
 
 
 @gluon.jit
@@ -133,11 +157,13 @@ def finish_tiles(
 @gluon.jit(do_not_specialize=["T"])
 def twin_skinny(
     x, x_scale, t, w, scale, up, up_scale, bias, addend, y, T, N, KW,
-    TILES: gl.constexpr, RW: gl.constexpr, KS: gl.constexpr, UNROLL: gl.constexpr,
-    G: gl.constexpr, GROUP_STEPS: gl.constexpr, R: gl.constexpr, FLOAT: gl.constexpr,
+    TILES: gl.constexpr, RW: gl.constexpr, KS: gl.constexpr, UNROLL: gl.constexpr, V: gl.constexpr,
+    G: gl.constexpr, OWN: gl.constexpr, GROUP_STEPS: gl.constexpr, R: gl.constexpr, FLOAT: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_ADDEND: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """16 RW rows times 8 TILES tokens a program. G: groups of 128 in K; GROUP_STEPS of them share a scale.
+    """16 RW rows times 8 TILES tokens a program. G: groups of 128 in K; GROUP_STEPS of them share a scale, and a warp
+    takes OWN. V: scales of a row that a lane loads at once, which must divide UNROLL, OWN and G: more than 1 only where
+    GROUP_STEPS is.
 
     w: int32 view (N, KW), KW = K/8. x: int32 view of planes, (T, 2 KW) int8 or (T, 4 KW) 16-bit floats of type FLOAT
     (None: int8). t: int32 view (T, R/2) of 16-bit planes. up: int32 view (N, R/8).
@@ -145,23 +171,31 @@ def twin_skinny(
     out: gl.constexpr = y.dtype.element_ty
     cube: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [RW * KS, 1, 1], [2, 1, 0])  # (warps, lanes, words)
     flat: gl.constexpr = gl.SliceLayout(2, cube)
+    of_s: gl.constexpr = gl.BlockedLayout([1, 1, V], [1, 32, 1], [RW * KS, 1, 1], [2, 1, 0])
+    flat_s: gl.constexpr = gl.SliceLayout(2, of_s)
+    EDGE: gl.constexpr = OWN * KS > G  # the last warps have fewer groups
     rooms = shared_sums(TILES, RW, KS)
     if PDL:
         grid_release(N)
     warp = gl.expand_dims(gl.arange(0, RW * KS, gl.SliceLayout(1, flat)), 1)
     lane = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, flat)), 0)
     word = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, cube))), 0), 1)
-    # Warp i works on rows 16 (i % RW).. of the program and on groups i // RW, i // RW + KS, ...
+    warp_s = gl.expand_dims(gl.arange(0, RW * KS, gl.SliceLayout(1, flat_s)), 1)
+    lane_s = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, flat_s)), 0)
+    column = gl.expand_dims(gl.expand_dims(gl.arange(0, V, gl.SliceLayout(0, gl.SliceLayout(1, of_s))), 0), 1)
+    # Warp i works on rows 16 (i % RW).. of the program and on groups OWN (i // RW) ..
     n0 = gl.program_id(0) * (16 * RW)
     row = n0 + warp % RW * 16 + lane // 4
     row_a, row_b = gl.minimum(row, N - 1), gl.minimum(row + 8, N - 1)
-    own = warp // RW + lane * 0
+    own = warp // RW * OWN + lane * 0
+    own_s = gl.expand_dims(warp_s // RW * OWN + lane_s * 0, 2)
     own3, lane3 = gl.expand_dims(own, 2), gl.expand_dims(lane, 2)
     inner = own3 * 16 + (lane3 % 4) * 4 + word
     wa_at = w + gl.expand_dims(row_a.to(gl.int64) * KW, 2) + inner
     wb_at = w + gl.expand_dims(row_b.to(gl.int64) * KW, 2) + inner
-    sa_at = scale + row_a * (G // GROUP_STEPS)
-    sb_at = scale + row_b * (G // GROUP_STEPS)
+    row_s = n0 + warp_s % RW * 16 + lane_s // 4
+    sa_at = scale + gl.expand_dims(gl.minimum(row_s, N - 1) * (G // GROUP_STEPS), 2)
+    sb_at = scale + gl.expand_dims(gl.minimum(row_s + 8, N - 1) * (G // GROUP_STEPS), 2)
     if R > 0:
         # Early: from memory these take as long as the weights.
         up_a, up_b = gl.load(up_scale + row_a), gl.load(up_scale + row_b)
@@ -175,24 +209,25 @@ def twin_skinny(
     for _i in gl.static_range(4 * TILES):
         sums = sums + (gl.zeros([RW * KS, 32], gl.float32, flat),)
     zero: gl.constexpr = gl.int32 if FLOAT is None else gl.float32
-    for start in gl.static_range(0, G, KS * UNROLL):
+    for start in gl.static_range(0, OWN, UNROLL):
         was = ()
         wbs = ()
         sas = ()
         sbs = ()
         for i in gl.static_range(UNROLL):
-            if start + i * KS < G:
-                left = G - start - i * KS
-                was = was + (_load_weights(wa_at + (start + i * KS) * 16, own3 < left, start + i * KS + KS > G),)
-                wbs = wbs + (_load_weights(wb_at + (start + i * KS) * 16, own3 < left, start + i * KS + KS > G),)
-                group = (own + (start + i * KS)) // GROUP_STEPS
-                sas = sas + (load_live(sa_at + group, own < left, start + i * KS + KS > G),)
-                sbs = sbs + (load_live(sb_at + group, own < left, start + i * KS + KS > G),)
+            if start + i < OWN:
+                was = was + (_load_weights(wa_at + (start + i) * 16, own3 < G - start - i, EDGE),)
+                wbs = wbs + (_load_weights(wb_at + (start + i) * 16, own3 < G - start - i, EDGE),)
+        for i in gl.static_range(0, UNROLL, V):
+            if start + i < OWN:
+                group = (own_s + (start + i) + column) // GROUP_STEPS
+                sas = sas + split_columns(load_live(sa_at + group, own_s < G - start - i, EDGE), flat)
+                sbs = sbs + split_columns(load_live(sb_at + group, own_s < G - start - i, EDGE), flat)
         if PDL and start == 0:
             x += 4 * grid_wait(N)  # 0; as a multiple of 16 bytes it keeps what is known of x's alignment
         for i in gl.static_range(UNROLL):
-            if start + i * KS < G:
-                live3 = own3 < G - start - i * KS
+            if start + i < OWN:
+                live3 = own3 < G - start - i
                 a0, a1, a2, a3 = _words(was[i], flat)
                 b0, b1, b2, b3 = _words(wbs[i], flat)
                 sa, sb = sas[i].to(gl.float32), sbs[i].to(gl.float32)
@@ -202,22 +237,22 @@ def twin_skinny(
                     c0 = gl.zeros([RW * KS, 32], zero, flat)
                     c1, c2, c3 = c0, c0, c0
                     if FLOAT is None:
-                        at = x + token * 2 * KW + inner + (start + i * KS) * 16
-                        e0, e1, e2, e3 = _words(load_live(at, live3, start + i * KS + KS > G), flat)
-                        o0, o1, o2, o3 = _words(load_live(at + KW, live3, start + i * KS + KS > G), flat)
+                        at = x + token * 2 * KW + inner + (start + i) * 16
+                        e0, e1, e2, e3 = _words(load_live(at, live3, EDGE), flat)
+                        o0, o1, o2, o3 = _words(load_live(at + KW, live3, EDGE), flat)
                         c0, c1, c2, c3 = _mma_int8(a0, b0, e0, o0, c0, c1, c2, c3)
                         c0, c1, c2, c3 = _mma_int8(a1, b1, e1, o1, c0, c1, c2, c3)
                         c0, c1, c2, c3 = _mma_int8(a2, b2, e2, o2, c0, c1, c2, c3)
                         c0, c1, c2, c3 = _mma_int8(a3, b3, e3, o3, c0, c1, c2, c3)
                     else:
                         # A lane's 16 even channels of a group, then its odd ones: two 16-byte loads each.
-                        at = x + token * 4 * KW + (own3 + start + i * KS) * 32 + (lane3 % 4) * 8 + word
-                        e0, e1, e2, e3 = _words(load_live(at, live3, start + i * KS + KS > G), flat)
-                        o0, o1, o2, o3 = _words(load_live(at + 2 * KW, live3, start + i * KS + KS > G), flat)
+                        at = x + token * 4 * KW + (own3 + start + i) * 32 + (lane3 % 4) * 8 + word
+                        e0, e1, e2, e3 = _words(load_live(at, live3, EDGE), flat)
+                        o0, o1, o2, o3 = _words(load_live(at + 2 * KW, live3, EDGE), flat)
                         c0, c1, c2, c3 = _mma_words(a0, b0, e0, e1, o0, o1, c0, c1, c2, c3, FLOAT)
                         c0, c1, c2, c3 = _mma_words(a1, b1, e2, e3, o2, o3, c0, c1, c2, c3, FLOAT)
-                        e0, e1, e2, e3 = _words(load_live(at + 4, live3, start + i * KS + KS > G), flat)
-                        o0, o1, o2, o3 = _words(load_live(at + 2 * KW + 4, live3, start + i * KS + KS > G), flat)
+                        e0, e1, e2, e3 = _words(load_live(at + 4, live3, EDGE), flat)
+                        o0, o1, o2, o3 = _words(load_live(at + 2 * KW + 4, live3, EDGE), flat)
                         c0, c1, c2, c3 = _mma_words(a2, b2, e0, e1, o0, o1, c0, c1, c2, c3, FLOAT)
                         c0, c1, c2, c3 = _mma_words(a3, b3, e2, e3, o2, o3, c0, c1, c2, c3, FLOAT)
                     new = new + (
