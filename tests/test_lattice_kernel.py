@@ -70,6 +70,21 @@ def test_a_tile_fits_every_shape(t, n, k, group):
         assert 1 <= tile.splits <= k // tile.step
 
 
+@pytest.mark.parametrize(
+    ("n", "k"), [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (40, 128), (57344, 8192), (8, 384)]
+)
+def test_the_forms_for_hopper_have_room_for_what_the_rules_choose(n, k):
+    for t in (1, 7, 9, 16):
+        cut = kernel.choose_skinny(t, n, k)
+        assert cut.row_warps * cut.k_warps in (4, 8)
+        assert cut.registers is None or cut.registers * 32 * cut.row_warps * cut.k_warps <= 65536
+    for t in (17, 33, 64, 100, 200, 512, 1024):
+        cut = kernel.choose_wgmma(t, n, k)
+        assert cut.tokens in (32, 64, 128, 256)
+        assert 1 <= cut.splits <= max(1, k // kernel.UNIT)
+        assert kernel.stages(cut.tokens, cut.programs) >= 2
+
+
 def test_refusals_name_the_reason():
     x, codes, scale, zero, _, _, bits = random_arguments(3, 40, 192, 3, 2, BF16, "zero", False)
     assert kernel.unsupported(x, codes, scale, zero, None, None, bits) is None
