@@ -1,0 +1,258 @@
+"""Several processes of a torch.distributed group that quantize one model together; with one process nothing changes.
+
+Every process holds the model and the data. Long computations are dealt out in a number of parts that does not depend
+on the number of processes, and what the parts give is combined in their order, so any number of processes gives the
+same bits. Decisions are taken from gathered numbers and results come from the process that made them, so all processes
+hold the same. Before every exchange each process says whether it failed, so an error in one of them ends all of them.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from tqcompile.errors import DistributedError
+
+# For the slowest process: it may still load its model, or be the one that writes the checkpoint.
+WAIT = datetime.timedelta(minutes=30)
+
+
+@dataclasses.dataclass
+class _World:
+    """control: a gloo group of all processes. data: an NCCL group, made when tensors on GPUs are first exchanged.
+    over: another process failed or is gone, so there is no one to tell."""
+
+    rank: int
+    size: int
+    control: Any
+    data: Any = None
+    over: bool = False
+
+
+_world: _World | None = None
+
+
+def active() -> bool:
+    """Whether other processes take part in what is done now."""
+    return _world is not None
+
+
+def first() -> bool:
+    """Whether this process writes files and shows progress: the only one, or number 0 of several."""
+    return _world is None or _world.rank == 0
+
+
+def size() -> int:
+    """How many processes take part."""
+    return 1 if _world is None else _world.size
+
+
+@contextlib.contextmanager
+def launched(device: str | None) -> Iterator[None]:
+    """Initialise torch.distributed in a process that ``torchrun`` started, and end it behind the context.
+
+    device: where the numerics run; for CUDA each process takes the GPU of its local rank.
+
+    Raises:
+        DistributedError: there are fewer GPUs than processes on this host, or the processes do not find each other.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ or dist.is_initialized():
+        yield
+        return
+    if device is not None and torch.device(device).type == "cuda":
+        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= gpus:
+            raise DistributedError(
+                f"process {local} of this host has no GPU: there are {gpus}. Start one process a GPU."
+            )
+        torch.cuda.set_device(local)
+    with _answering():
+        dist.init_process_group("gloo", timeout=WAIT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What is done in this context is shared by all processes of torch.distributed's group, where there are several.
+
+    All of them must enter it. An error in one process raises in all of them, at their next exchange at the latest.
+
+    Raises:
+        DistributedError: another process failed, ended, or did not answer.
+    """
+    global _world
+    if _world is not None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        yield
+        return
+    with _answering():
+        control = dist.new_group(backend="gloo", timeout=WAIT)
+    _world = world = _World(dist.get_rank(), dist.get_world_size(), control)
+    try:
+        yield
+        check()  # that nobody failed at the end
+    except BaseException as error:
+        if not world.over:
+            with contextlib.suppress(DistributedError):
+                check(f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        _world = None
+        for group in (world.data, world.control):
+            if group is not None:
+                dist.destroy_process_group(group)
+
+
+def check(failed: str = "") -> None:
+    """Wait until all processes are here; failed: what to tell the others before this process gives up.
+
+    Raises:
+        DistributedError: another process failed, and why; or it is gone.
+    """
+    if _world is None:
+        return
+    with _answering():
+        status = torch.tensor(_world.size - _world.rank if failed else 0)
+        dist.all_reduce(status, dist.ReduceOp.MAX, group=_world.control)
+        if not status:
+            return
+        _world.over = True
+        source = _world.size - int(status)
+        message = _text(failed, source)
+    if not failed:
+        raise DistributedError(f"process {source} failed ({message})")
+
+
+def own(count: int) -> range:
+    """Which of ``count`` parts this process computes: a consecutive share."""
+    if _world is None:
+        return range(count)
+    bounds = [-(-rank * count // _world.size) for rank in (_world.rank, _world.rank + 1)]
+    return range(*bounds)
+
+
+def owner(index: int, count: int) -> int:
+    """The process that computes part ``index`` of ``count``."""
+    return index * size() // count
+
+
+def sum_parts(
+    compute: Callable[[Iterable[int]], Iterable[torch.Tensor]], count: int, like: torch.Tensor
+) -> torch.Tensor:
+    """The sum of ``count`` tensors, added in their order.
+
+    Args:
+        compute: numbers of parts -> their tensors, in turn; asked for the parts of this process.
+        like: of the shape, dtype and device of each.
+    """
+    found = list(compute(own(count)))
+    parts = found if _world is None else _gather(found, count, like)
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def numbers(compute: Callable[[int], float], count: int) -> list[float]:
+    """``compute`` of 0 to count - 1, each in one process; the same list in all of them."""
+    found = [torch.tensor(compute(index), dtype=torch.float64) for index in own(count)]
+    parts = found if _world is None else _gather(found, count, torch.zeros((), dtype=torch.float64))
+    return [float(part) for part in parts]
+
+
+def share(tensors: dict[str, torch.Tensor], device: torch.device, source: int = 0) -> dict[str, torch.Tensor]:
+    """The tensors that process ``source`` passes, in all processes; what others pass is of no interest.
+
+    device: where they come to lie.
+    """
+    if _world is None:
+        return tensors
+    mine = source == _world.rank
+    if mine:
+        tensors = {name: tensor.detach().to(device).contiguous() for name, tensor in tensors.items()}
+    kinds = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()} if mine else {}
+    found = {}
+    for name, (dtype, shape) in same(kinds, source).items():
+        tensor = tensors[name] if mine else torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+        if tensor.numel():
+            with _answering():  # as bytes: gloo does not know every type
+                dist.broadcast(tensor.view(-1).view(torch.uint8), source, group=_group(tensor))
+        found[name] = tensor
+    return found
+
+
+def same(value: Any, source: int = 0) -> Any:
+    """A value of process ``source``, in all of them; it must be one that JSON keeps."""
+    if _world is None:
+        return value
+    check()
+    with _answering():
+        return json.loads(_text(json.dumps(value), source))
+
+
+def require_same(values: dict[str, Any]) -> None:
+    """Raise DistributedError where values (by what they are called) are not those of the first process."""
+    if _world is None:
+        return
+    expected = same(values)
+    changed = [name for name in {**expected, **values} if expected.get(name) != values.get(name)]
+    if changed:
+        raise DistributedError(
+            f"process {_world.rank} does not do what process 0 does: {', '.join(changed)} differ. Start all processes "
+            "with the same model, data and settings on equal machines."
+        )
+
+
+def _gather(found: list[torch.Tensor], count: int, like: torch.Tensor) -> list[torch.Tensor]:
+    """All parts, of which this process has ``found``."""
+    check()
+    most = -(-count // _world.size)
+    sent = torch.stack([*found, *[like] * (most - len(found))])
+    received = [torch.empty_like(sent) for _ in range(_world.size)]
+    with _answering():
+        dist.all_gather(received, sent, group=_group(sent))
+    starts = [-(-rank * count // _world.size) for rank in range(_world.size)]
+    return [received[owner(index, count)][index - starts[owner(index, count)]] for index in range(count)]
+
+
+def _group(tensor: torch.Tensor) -> Any:
+    if not tensor.is_cuda:
+        return _world.control
+    if _world.data is None:
+        _world.data = dist.new_group(backend="nccl", timeout=WAIT)
+    return _world.data
+
+
+def _text(text: str, source: int) -> str:
+    """The text of process ``source``."""
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    length = torch.tensor(len(data))
+    dist.broadcast(length, source, group=_world.control)
+    data = data if _world.rank == source else torch.empty(int(length), dtype=torch.uint8)
+    if len(data):
+        dist.broadcast(data, source, group=_world.control)
+    return bytes(data.tolist()).decode()
+
+
+@contextlib.contextmanager
+def _answering() -> Iterator[None]:
+    """Turn what torch.distributed raises when a process is gone or silent into an error that says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, DistributedError):
+            raise
+        if _world is not None:
+            _world.over = True
+        raise DistributedError(
+            f"another process ended, or did not answer within {WAIT.total_seconds() / 60:.0f} minutes "
+            f"({str(error).splitlines()[0]}). Its own output says why; all processes must call tqcompile together."
+        ) from error
