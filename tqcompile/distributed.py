@@ -53,6 +53,11 @@ def size() -> int:
     return 1 if _world is None else _world.size
 
 
+def local_size() -> int:
+    """How many of them are on this host, as far as ``torchrun`` tells."""
+    return 1 if _world is None else int(os.environ.get("LOCAL_WORLD_SIZE", _world.size))
+
+
 @contextlib.contextmanager
 def launched(device: str | None) -> Iterator[None]:
     """Initialise torch.distributed in a process that ``torchrun`` started, and end it behind the context.
@@ -94,6 +99,8 @@ def together() -> Iterator[None]:
         yield
         return
     with _answering():
+        if dist.get_backend() == "gloo":
+            dist.barrier()  # finds a process that is gone; making a group would wait for it
         control = dist.new_group(backend="gloo", timeout=WAIT)
     _world = world = _World(dist.get_rank(), dist.get_world_size(), control)
     try:
