@@ -214,6 +214,8 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(DistributedError, match="process 1 of this host has no GPU: there are 1"):
         distributed.launched("cuda").__enter__()
+    with pytest.raises(DistributedError, match="cuda:0 is one GPU for several processes"):
+        distributed.launched("cuda:0").__enter__()
 
 
 @pytest.mark.parametrize("shards", [0, 65, -1])

@@ -65,13 +65,18 @@ def launched(device: str | None) -> Iterator[None]:
     device: where the numerics run; for CUDA each process takes the GPU of its local rank.
 
     Raises:
-        DistributedError: there are fewer GPUs than processes on this host, or the processes do not find each other.
+        DistributedError: there are fewer GPUs than processes on this host, ``device`` is one GPU for all, or the
+            processes do not find each other.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ or dist.is_initialized():
         yield
         return
     if device is not None and torch.device(device).type == "cuda":
         local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if torch.device(device).index is not None:
+            raise DistributedError(
+                f"--device {device} is one GPU for several processes; --device cuda gives each its own."
+            )
         if local >= gpus:
             raise DistributedError(
                 f"process {local} of this host has no GPU: there are {gpus}. Start one process a GPU."
@@ -220,10 +225,10 @@ def require_same(values: dict[str, Any]) -> None:
 
 def _gather(found: list[torch.Tensor], count: int, like: torch.Tensor) -> list[torch.Tensor]:
     """All parts, of which this process has ``found``."""
-    check()
     most = -(-count // _world.size)
     sent = torch.stack([*found, *[like] * (most - len(found))])
     received = [torch.empty_like(sent) for _ in range(_world.size)]
+    check()
     with _answering():
         dist.all_gather(received, sent, group=_group(sent))
     starts = [-(-rank * count // _world.size) for rank in range(_world.size)]
