@@ -132,13 +132,13 @@ ERRORS = {
 
 
 def test_an_error_in_one_process_ends_all_of_them():
-    first, second = launch(FAILING, *ERRORS)
-    lines = [dict(line.split(" | ") for line in text.splitlines()) for _, text, _ in (first, second)]
-    assert list(lines[0]) == list(ERRORS), first
+    first, second, third = launch(FAILING, *ERRORS, processes=3)
+    lines = [dict(line.split(" | ") for line in text.splitlines()) for _, text, _ in (first, second, third)]
+    assert list(lines[0]) == list(lines[2]) == list(ERRORS), (first, third)
     for kind, messages in ERRORS.items():
-        for found, message in zip(lines, messages, strict=True):
+        for found, message in zip(lines, (*messages, messages[0]), strict=True):
             assert message in found.get(kind, ""), (kind, found)
-    assert (first[0], second[0]) == (0, 7), first[2][-2000:]
+    assert (first[0], second[0], third[0]) == (0, 7, 0), first[2][-2000:]
 
 
 def test_torchrun_and_the_command_line(tmp_path, capsys):

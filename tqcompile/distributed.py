@@ -3,7 +3,7 @@
 Every process holds the model and the data. Long computations are dealt out in a number of parts that does not depend
 on the number of processes, and what the parts give is combined in their order, so any number of processes gives the
 same bits. Decisions are taken from gathered numbers and results come from the process that made them, so all processes
-hold the same. Before every exchange each process says whether it failed, so an error in one of them ends all of them.
+hold the same. A process that fails tells the others, so an error in one of them ends all of them.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import datetime
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import distributed as dist
@@ -25,14 +25,19 @@ WAIT = datetime.timedelta(minutes=30)
 
 @dataclasses.dataclass
 class _World:
-    """control: a gloo group of all processes. data: an NCCL group, made when tensors on GPUs are first exchanged.
-    over: another process failed or is gone, so there is no one to tell."""
+    """control: a gloo group, in which processes tell whether they failed. data: the groups for tensors, by type of
+    device; that for CUDA is NCCL's, made when it is first needed. over: another process failed or is gone."""
 
     rank: int
     size: int
     control: Any
-    data: Any = None
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
     over: bool = False
+
+    def leave(self) -> None:
+        """Close the groups for tensors: who waits there for this process, learns that it does not come."""
+        while self.data:
+            dist.destroy_process_group(self.data.popitem()[1])
 
 
 _world: _World | None = None
@@ -106,21 +111,21 @@ def together() -> Iterator[None]:
     with _answering():
         if dist.get_backend() == "gloo":
             dist.barrier()  # finds a process that is gone; making a group would wait for it
-        control = dist.new_group(backend="gloo", timeout=WAIT)
-    _world = world = _World(dist.get_rank(), dist.get_world_size(), control)
+        groups = [dist.new_group(backend="gloo", timeout=WAIT) for _ in range(2)]
+    _world = world = _World(dist.get_rank(), dist.get_world_size(), groups[0], {"cpu": groups.pop()})
     try:
         yield
         check()  # that nobody failed at the end
     except BaseException as error:
+        world.leave()
         if not world.over:
             with contextlib.suppress(DistributedError):
                 check(f"{type(error).__name__}: {error}")
         raise
     finally:
         _world = None
-        for group in (world.data, world.control):
-            if group is not None:
-                dist.destroy_process_group(group)
+        world.leave()
+        dist.destroy_process_group(world.control)
 
 
 def check(failed: str = "") -> None:
@@ -195,8 +200,8 @@ def share(tensors: dict[str, torch.Tensor], device: torch.device, source: int = 
     for name, (dtype, shape) in same(kinds, source).items():
         tensor = tensors[name] if mine else torch.empty(shape, dtype=getattr(torch, dtype), device=device)
         if tensor.numel():
-            with _answering():  # as bytes: gloo does not know every type
-                dist.broadcast(tensor.view(-1).view(torch.uint8), source, group=_group(tensor))
+            data = tensor.view(-1).view(torch.uint8)  # as bytes: gloo does not know every type
+            _exchange(lambda group, data=data: dist.broadcast(data, source, group=group), tensor.device)
         found[name] = tensor
     return found
 
@@ -228,19 +233,26 @@ def _gather(found: list[torch.Tensor], count: int, like: torch.Tensor) -> list[t
     most = -(-count // _world.size)
     sent = torch.stack([*found, *[like] * (most - len(found))])
     received = [torch.empty_like(sent) for _ in range(_world.size)]
-    check()
-    with _answering():
-        dist.all_gather(received, sent, group=_group(sent))
+    _exchange(lambda group: dist.all_gather(received, sent, group=group), sent.device)
     starts = [-(-rank * count // _world.size) for rank in range(_world.size)]
     return [received[owner(index, count)][index - starts[owner(index, count)]] for index in range(count)]
 
 
-def _group(tensor: torch.Tensor) -> Any:
-    if not tensor.is_cuda:
-        return _world.control
-    if _world.data is None:
-        _world.data = dist.new_group(backend="nccl", timeout=WAIT)
-    return _world.data
+def _exchange(collective: Callable[[Any], Any], device: torch.device) -> None:
+    """A collective call of the group for tensors on ``device``, which all processes make or none."""
+    if device.type == "cuda":
+        check()  # who waits in NCCL cannot be told any more
+        if "cuda" not in _world.data:
+            _world.data["cuda"] = dist.new_group(backend="nccl", timeout=WAIT)
+    problem = ""
+    try:
+        collective(_world.data[device.type])
+    except RuntimeError as error:
+        problem = str(error)
+    if problem:  # not where the error is handled, as its traceback keeps the group alive
+        _world.leave()
+        check()
+        _gone(problem)
 
 
 def _text(text: str, source: int) -> str:
@@ -260,11 +272,13 @@ def _answering() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, DistributedError):
-            raise
-        if _world is not None:
-            _world.over = True
-        raise DistributedError(
-            f"another process ended, or did not answer within {WAIT.total_seconds() / 60:.0f} minutes "
-            f"({str(error).splitlines()[0]}). Its own output says why; all processes must call tqcompile together."
-        ) from error
+        _gone(str(error))
+
+
+def _gone(problem: str) -> NoReturn:
+    if _world is not None:
+        _world.over = True
+    raise DistributedError(
+        f"another process ended, or did not answer within {WAIT.total_seconds() / 60:.0f} minutes "
+        f"({problem.splitlines()[0]}). Its own output says why; all processes must call tqcompile together."
+    )
