@@ -14,7 +14,7 @@ FOLDERS = ("tqcompile", "passes", "kernels", "exporters")
 FILES = sorted(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))
 # A module may import modules of its own layer and of those below it (at module level).
 LAYERS = (
-    ("errors", "config", "cuda_graph"),
+    ("errors", "config", "cuda_graph", "distributed"),
     ("methods", "ops", "data", "progress", "evaluate"),
     ("passes", "kernels", "recipes"),
     ("calibration", "modules", "reporting", "checkpoint", "checkpoint_files", "output_head", "block_tuning"),

@@ -82,7 +82,7 @@ def test_eval_of_the_held_out_modules_and_of_a_text(checkpoint, tmp_path):
     expected = math.exp(-scores.gather(-1, ids[:, 1:, None]).mean().item())
     assert result["perplexity"] == pytest.approx(expected, rel=1e-5)
     assert (result["windows"], result["seq_len"], result["quantized"]) == (2, 64, True)
-    assert f"perplexity {expected:.3f}" in output
+    assert f"perplexity {expected:.4f}" in output
     text = tmp_path / "text.txt"
     text.write_text((Path(torch.__file__).parent / "_utils.py").read_text())
     run("eval", demo.MODEL_DIR, "--text", text, "--windows", 3, "--seq-len", 32, "--json", tmp_path / "b.json")

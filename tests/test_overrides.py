@@ -111,13 +111,18 @@ def test_every_layer_has_its_settings_and_split_readers_of_one_norm_keep_their_s
     assert report.config["overrides"] == Config(overrides=MIXED).to_dict()["overrides"]
 
 
-def test_readers_that_are_split_are_no_worse_than_together(original):
-    """A split site has its own transform, so a rank override that changes nothing else costs no accuracy."""
-    exact = logits(original)
-    found = []
-    for overrides in ({}, {"v_proj": {"rank": 18}, "up_proj": {"rank": 18}}):
-        model = tqcompile.compile(tiny("Qwen3"), tokens(), scheme="twin-w4a16", overrides=overrides, **SETTINGS)
-        found.append(float((logits(model) - exact).norm() / exact.norm()))
+def test_readers_that_are_split_are_no_worse_than_together():
+    """A split site has its own transform, so a rank override that changes nothing else costs no accuracy.
+
+    One tiny model's error moves by a fifth with the order of a sum, so three of them count.
+    """
+    found = [0.0, 0.0]
+    for seed in range(3):
+        exact = logits(tiny("Qwen3", seed))
+        for i, overrides in enumerate(({}, {"v_proj": {"rank": 18}, "up_proj": {"rank": 18}})):
+            model = tiny("Qwen3", seed)
+            tqcompile.compile(model, tokens(), scheme="twin-w4a16", overrides=overrides, **SETTINGS)
+            found[i] += float((logits(model) - exact).norm() / exact.norm())
     assert found[1] < 1.15 * found[0]
 
 

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from tqcompile import recipes
+from tqcompile import distributed, recipes
 from tqcompile.allocation import allocate
 from tqcompile.calibration import Unit, collect_statistics, device_of, split_into_units
 from tqcompile.checkpoint import quantization_config
 from tqcompile.config import Config
 from tqcompile.data import Batch, load_calibration
 from tqcompile.errors import ConfigError, ModelError
-from tqcompile.finished_blocks import FinishedBlocks, counts
+from tqcompile.finished_blocks import FinishedBlocks, counts, fingerprint
 from tqcompile.methods.components import QuantizedLinear
 from tqcompile.methods.hadamard import random_hadamard
 from tqcompile.modules import QUANTIZED
@@ -36,6 +36,7 @@ from tqcompile.quantize_unit import Job, correct_unit, norm_gains, quantize_unit
 from tqcompile.reporting import Report
 
 
+@distributed.together()
 def compile(
     model: nn.Module,
     calib_data: Any = None,
@@ -49,6 +50,9 @@ def compile(
     **settings: Any,
 ) -> nn.Module:
     """Quantize the linear layers of a model in place.
+
+    Where torch.distributed is initialised with several processes, all of them must call this with equal arguments:
+    they share the work and end up with equal models. Only process 0 writes to ``resume`` and shows progress.
 
     Args:
         model: any ``nn.Module``; Hugging Face models keep ``.generate()`` and ``save_pretrained``.
@@ -65,6 +69,7 @@ def compile(
     Raises:
         ConfigError, ModelError, CalibrationError, NumericError: named with the module or setting at fault; the
             model is then as it was. CheckpointError: of ``resume``, a finished block cannot be written or read.
+            DistributedError: another process failed, is gone, or was given something else.
     """
     config = _resolve(config, scheme, settings)
     if backend not in ("auto", "twinquant", None):
@@ -82,6 +87,7 @@ def compile(
     return model
 
 
+@distributed.together()
 def attach_recipe(
     model: nn.Module,
     calib_data: Any = None,
@@ -166,7 +172,10 @@ def _quantize(
     if not plan.sites:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(plan.skipped.items())[:5])
         raise ModelError(f"no layer of {type(model).__name__} can be quantized ({reasons}).")
+    if resume is None and distributed.active():
+        distributed.require_same(fingerprint(model, batches, config))
     finished = None if resume is None else FinishedBlocks(resume, model, batches, config)
+    progress = progress and distributed.first()
     report = Report(config.to_dict(), skipped=dict(plan.skipped), notes=list(plan.notes))
     rotated = _rotate_stream(model, plan, config, journal, report) if config.rotate_stream else frozenset()
     units = [Unit("model", list(plan.sites), None)]
@@ -205,6 +214,8 @@ def _quantize(
                 finished.save(job, unit, before)
             elif finished is not None:
                 report.notes.append(f"not kept for resuming: {len(unit.sites)} inputs of linears outside of its blocks")
+    if distributed.active():
+        report.notes.append(f"quantized by {distributed.size()} processes, learning in {config.shards} shards")
     if corrected:
         report.notes.append(_correction_note(model, job, report))
     if config.lm_head != "keep":

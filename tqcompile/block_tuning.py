@@ -16,9 +16,20 @@ import torch
 from torch import nn
 
 from tqcompile.calibration import BlockCall
+from tqcompile.distributed import numbers, sum_parts
 from tqcompile.methods.components import QuantizedLinear
 from tqcompile.methods.hadamard import signed_hadamard
-from tqcompile.methods.learn import BETAS, cosine, fake_quantize_activation, fast_matmul, straight_round
+from tqcompile.methods.learn import (
+    BETAS,
+    cosine,
+    fake_quantize_activation,
+    fast_matmul,
+    flat_gradient,
+    flat_like,
+    same_values,
+    set_gradients,
+    straight_round,
+)
 from tqcompile.methods.rounding import QMAX, QMIN, storable
 from tqcompile.ops.lattice_linear import ZERO_STEPS, mix_outputs
 from tqcompile.ops.packing import pack_int4, unpack_codes, unpack_int4
@@ -211,6 +222,7 @@ def tune_block(
     steps: int,
     generator: torch.Generator,
     on_step: Callable[[float], None] = lambda loss: None,
+    shards: int = 1,
 ) -> Tuned:
     """Tune one block; ``block`` itself is left as it was.
 
@@ -219,6 +231,7 @@ def tune_block(
         vectors: names of the one-dimensional parameters to tune. calls: to learn from; held_out: to measure before
             and after.
         steps: each reads about TOKENS tokens of one call. generator: draws calls and rows. on_step: told the loss.
+        shards: parts in which a gradient is formed, each of some of a step's sequences; see ``Config.shards``.
     """
     device = calls[0].hidden.device
     tunable: dict[str, TunableLinear | TunableLattice] = {}
@@ -241,19 +254,26 @@ def tune_block(
     ]
     groups = [group | {"start": group["lr"]} for group in groups if group["params"]]
     adam = torch.optim.Adam(groups, betas=BETAS)
+    learned = [p for group in groups for p in group["params"]]
     before = student.held_out_loss(held_out)
     with torch.enable_grad(), fast_matmul(device):
         for step in range(steps):
             call = calls[int(torch.randint(len(calls), (), generator=generator))]
             count = max(1, TOKENS // call.hidden.shape[1])
             rows = torch.randperm(len(call.hidden), generator=generator)[:count].to(device)
-            loss = student.loss(call, rows)
-            loss.backward()
+            parts = rows.tensor_split(min(shards, len(rows)))
+
+            def terms(mine, call=call, rows=rows, parts=parts):
+                for i in mine:
+                    yield flat_gradient(student.loss(call, parts[i]) * (len(parts[i]) / len(rows)), learned)
+
+            loss = set_gradients(learned, sum_parts(terms, len(parts), flat_like(learned)))
             for group in adam.param_groups:
                 group["lr"] = group["start"] * cosine(step, steps)
             adam.step()
             adam.zero_grad()
-            on_step(float(loss.detach()))
+            on_step(loss)
+    same_values(learned)
     stored = {name: p.detach().to(block.get_parameter(name).dtype) for name, p in student.vectors.items()}
     return Tuned({n: m.result() for n, m in tunable.items()}, stored, before, student.held_out_loss(held_out))
 
@@ -295,8 +315,9 @@ class _Student:
 
     @torch.no_grad()
     def held_out_loss(self, calls: list[BlockCall]) -> float:
-        losses = [self.loss(c, row[None]) for c in calls for row in torch.arange(len(c.hidden), device=c.hidden.device)]
-        return float(torch.stack(losses).mean())
+        rows = [(c, row[None]) for c in calls for row in torch.arange(len(c.hidden), device=c.hidden.device)]
+        losses = numbers(lambda i: float(self.loss(*rows[i])), len(rows))
+        return sum(losses) / len(losses)
 
 
 def _with_linears(block: nn.Module, tunable: dict[str, nn.Module]) -> nn.Module:

@@ -65,6 +65,9 @@ def quantize(
     tune: Annotated[int, typer.Option(help="Steps of block tuning.")] = _DEFAULT.tune,
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = _DEFAULT.samples,
     seq_len: Annotated[int, typer.Option(help="Tokens of a sequence.")] = _DEFAULT.seq_len,
+    shards: Annotated[
+        int, typer.Option(help="Parts of a gradient; as many processes can share learning (see above).")
+    ] = _DEFAULT.shards,
     seed: Annotated[int, typer.Option(help="Seeds every random choice.")] = _DEFAULT.seed,
     lm_head: Annotated[str, typer.Option(help="The output head: keep, w8a16 or w4a16.")] = _DEFAULT.lm_head,
     rotate_stream: Annotated[
@@ -77,10 +80,14 @@ def quantize(
     json: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on behind the last finished block of an interrupted run.")] = False,
 ) -> None:
-    """Quantize a model in memory and save it with its report and tokenizer."""
+    """Quantize a model in memory and save it with its report and tokenizer.
+
+    Several processes share the work when they are started by `torchrun --nproc-per-node 2 -m tqcompile quantize ...`,
+    with --device cuda one process a GPU; the result is that of one process.
+    """
     settings = {"rank": rank, "group_size": group_size, "steps": steps, "tune": tune, "samples": samples}
     settings |= {"seq_len": seq_len, "seed": seed, "lm_head": lm_head, "rotate_stream": rotate_stream, "device": device}
-    settings |= {"overrides": read_overrides(override or ()), "bits_budget": bits_budget}
+    settings |= {"overrides": read_overrides(override or ()), "bits_budget": bits_budget, "shards": shards}
     config = Config(scheme=scheme, ignore=(*_DEFAULT.ignore, *(ignore or ())), **settings)
     from tqcompile.commands.quantize import run
 

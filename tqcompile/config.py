@@ -10,6 +10,7 @@ METHODS = ("twin", "rtn", "gptq", "svdquant", "quarot", "spinquant")
 LOW_BIT_METHODS = ("d2", "unisvq", "twin", "rtn", "gptq", "quarot")
 DEFAULT_IGNORE = ("lm_head",)
 OVERRIDABLE = ("scheme", "rank", "group_size")
+MAX_SHARDS = 64
 HEADS = ("keep", "w8a16", "w4a16")
 PATTERN_SECONDS = 1.0  # a regular expression may take for one name
 _SCHEME = re.compile(r"(?P<method>[a-z0-9]+)-w(?P<w>\d+)a(?P<a>\d+)")
@@ -60,6 +61,9 @@ class Config:
     steps: learning steps per site (twin and spinquant). 0 takes the closed-form transforms.
     tune: steps of block tuning after a block is quantized (twin; four times as many in d2 and unisvq). 0 leaves it out.
     samples: at most this many calibration sequences are used. seq_len: length of the windows that texts are cut to.
+    shards: gradients of learning and of block tuning are formed in so many parts, added in one order, and as many
+        processes can share the work (``torchrun``). Any number of processes gives the same result; with another value
+        of ``shards`` it differs by rounding.
     seed: seeds every random choice (signs of the Hadamard rotation, sketches of large SVDs).
     rotate_stream: turn the residual stream by a random Hadamard matrix folded into the weights, where the graph proves
         that this changes nothing. Linears that read the stream then need no rotation of their own at run time.
@@ -79,6 +83,7 @@ class Config:
     tune: int = 30
     samples: int = 128
     seq_len: int = 512
+    shards: int = 2
     seed: int = 0
     rotate_stream: bool = False
     lm_head: str = "keep"
@@ -86,7 +91,7 @@ class Config:
 
     def __post_init__(self):
         Scheme.parse(self.scheme)
-        for field in ("rank", "group_size", "steps", "tune", "samples", "seq_len", "seed"):
+        for field in ("rank", "group_size", "steps", "tune", "samples", "seq_len", "shards", "seed"):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ConfigError(f"{field} must be an integer, got {value!r}")
@@ -96,6 +101,8 @@ class Config:
             raise ConfigError(f"group_size must be a positive multiple of 32, got {self.group_size}")
         if self.steps < 0 or self.tune < 0:
             raise ConfigError(f"steps and tune must not be negative, got {self.steps}, {self.tune}")
+        if not 1 <= self.shards <= MAX_SHARDS:
+            raise ConfigError(f"shards must be between 1 and {MAX_SHARDS}, got {self.shards}")
         if not isinstance(self.rotate_stream, bool):
             raise ConfigError(f"rotate_stream must be True or False, got {self.rotate_stream!r}")
         if self.lm_head not in HEADS:

@@ -15,6 +15,7 @@ def capture(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads, NCCL's for one, may go on calling CUDA meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = call()
     return graph.replay, result

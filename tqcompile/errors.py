@@ -31,3 +31,7 @@ class CheckpointError(TQError, ValueError):
 
 class ExportError(TQError, RuntimeError):
     """A model could not be exported, or the exported file does not reproduce the model."""
+
+
+class DistributedError(TQError, RuntimeError):
+    """Another process of a run failed, is gone, or was started with something else."""

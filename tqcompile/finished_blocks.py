@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tqcompile import __version__
+from tqcompile import __version__, distributed
 from tqcompile.calibration import Unit, device_of
 from tqcompile.config import Config
 from tqcompile.data import Batch
@@ -39,7 +39,20 @@ class FinishedBlocks:
 
     def __init__(self, folder: str | Path, model: nn.Module, batches: list[Batch], config: Config):
         self._folder = Path(folder)
-        started = _fingerprint(model, batches, config)
+        started = fingerprint(model, batches, config)
+        distributed.require_same(started)
+        if distributed.first():
+            self._prepare(started)
+        distributed.check()
+        changed = _differences(started, self._folder / RUN)
+        if changed:
+            raise ConfigError(
+                f"{folder} holds the blocks of another run: {', '.join(changed)} changed. Start it as it was started "
+                "then, or delete the folder."
+            )
+
+    def _prepare(self, started: dict[str, Any]) -> None:
+        folder = self._folder
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             for leftover in self._folder.glob(f"{_PARTIAL}*"):
@@ -52,12 +65,6 @@ class FinishedBlocks:
                 self._write(RUN, lambda path: path.write_text(json.dumps(started, indent=1) + "\n"))
         except OSError as error:
             raise ConfigError(f"finished blocks cannot be kept in {folder}: {error}. Name another folder.") from error
-        changed = _differences(started, self._folder / RUN)
-        if changed:
-            raise ConfigError(
-                f"{folder} holds the blocks of another run: {', '.join(changed)} changed. Start it as it was started "
-                "then, or delete the folder."
-            )
 
     def restore(self, job: Job, unit: Unit) -> bool:
         """Put a block in place as it was when it was finished; False if it was not.
@@ -68,7 +75,7 @@ class FinishedBlocks:
         from safetensors import SafetensorError, safe_open
 
         path = self._folder / f"{unit.name}.safetensors"
-        if not path.is_file():
+        if not distributed.same(path.is_file()):
             return False
         try:
             with safe_open(path, framework="pt") as file:
@@ -111,7 +118,7 @@ class FinishedBlocks:
             job.model.get_submodule(name).rebuild()
 
     def save(self, job: Job, unit: Unit, before: dict[str, int]) -> None:
-        """Write a block that was just finished. before: :func:`counts` when it was begun.
+        """Write a block that was just finished, if this is the first process. before: :func:`counts` when it was begun.
 
         Raises:
             CheckpointError: the file cannot be written; the blocks before it stay.
@@ -119,6 +126,8 @@ class FinishedBlocks:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
+        if not distributed.first():
+            return
         block = job.model.get_submodule(unit.name)
         modules = {f"{unit.name}.{name}": module for name, module in block.named_modules()}
         records = {name: getattr(job.report, name)[before[name] :] for name in _RECORDS}
@@ -171,7 +180,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _fingerprint(model: nn.Module, batches: list[Batch], config: Config) -> dict[str, Any]:
+def fingerprint(model: nn.Module, batches: list[Batch], config: Config) -> dict[str, Any]:
     """What decides every byte of the result: settings, data, weights, versions, and what sums in which order."""
     import transformers
 

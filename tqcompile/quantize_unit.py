@@ -230,6 +230,7 @@ def tune_unit(job: Job, unit: Unit, results: dict[str, QuantizedLinear]) -> dict
         job.config.tune * max(job.recipe(site).tune for site in unit.sites),
         torch.Generator().manual_seed(job.config.seed),
         lambda loss: job.bar.show(f"tuning {unit.name}", loss),
+        job.config.shards,
     )
     kept = tuned.after < tuned.before
     job.report.blocks.append(BlockRecord(unit.name, tuned.before, tuned.after, kept, time.perf_counter() - began))

@@ -21,21 +21,24 @@ _ROWS = 4 * 5120  # rows of inputs that four sites keep, see methods/statistics.
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Bytes. model: its weights. copy: quantized. work: learning a site, tuning a block. data: hidden states."""
+    """Bytes of each of the ``processes``. model: its weights. copy: quantized. work: learning a site, tuning a block.
+    data: hidden states."""
 
     model: int
     copy: int
     work: int
     data: int
+    processes: int = 1
 
     @property
     def total(self) -> int:
-        return _BASE + self.model + self.copy + self.work + self.data
+        return self.processes * (_BASE + self.model + self.copy + self.work + self.data)
 
     def __str__(self) -> str:
         parts = {"weights": self.model, "quantized copy": self.copy, "learning": self.work, "hidden states": self.data}
         listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-        return f"{self.total / 1e9:.2f} GB ({listed}, Python and torch {_BASE / 1e9:.2f})"
+        each = f"each of {self.processes} processes: " if self.processes > 1 else ""
+        return f"{self.total / 1e9:.2f} GB ({each}{listed}, Python and torch {_BASE / 1e9:.2f})"
 
 
 def tensor_shapes(files: list[Path]) -> dict[str, tuple[str, list[int]]]:
@@ -54,8 +57,10 @@ def tensor_shapes(files: list[Path]) -> dict[str, tuple[str, list[int]]]:
     return found
 
 
-def estimate(directory: Path, files: list[Path], settings: dict[str, Any], config: Config, dtype: str) -> Estimate:
-    """The peak of a run of ``tqcompile quantize``, deliberately not too low."""
+def estimate(
+    directory: Path, files: list[Path], settings: dict[str, Any], config: Config, dtype: str, processes: int = 1
+) -> Estimate:
+    """The peak of a run of ``tqcompile quantize``, deliberately not too low; processes: of this machine."""
     shapes = tensor_shapes(files)
     stored = {"float32": 4, "bfloat16": 2, "float16": 2}.get(dtype)
     sizes = {name: math.prod(shape) for name, (_, shape) in shapes.items()}
@@ -76,7 +81,7 @@ def estimate(directory: Path, files: list[Path], settings: dict[str, Any], confi
     text = settings.get("text_config") or settings
     hidden = next((text[key] for key in ("hidden_size", "n_embd", "d_model") if isinstance(text.get(key), int)), widest)
     element = stored or _BYTES.get(shapes[inner[0]][0], 4)
-    return Estimate(model, copy, work, _STATES * config.samples * config.seq_len * hidden * element)
+    return Estimate(model, copy, work, _STATES * config.samples * config.seq_len * hidden * element, processes)
 
 
 def _block_sizes(names: list[str], sizes: dict[str, int]) -> dict[str, int]:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 import tqcompile
+from tqcompile import distributed
 from tqcompile.commands import files, memory
 from tqcompile.config import Config
 from tqcompile.errors import ConfigError, ModelError
@@ -30,24 +31,45 @@ def run(
 
     Everything that can be refused is refused before the weights are read; ``out`` is written whole or not at all.
     Finished blocks are kept in a folder beside it until then: ``resume`` goes on behind the last of an interrupted run.
+    Started by ``torchrun``, its processes share the work; the first of them alone prints and writes.
     Returns what ``--json`` holds: the report, where the checkpoint lies, seconds, estimated and peak bytes.
     """
-    console = Console()
+    with distributed.launched(config.device), distributed.together():
+        return _run(model_dir, calib, out, config, dtype, overwrite, force, json, resume)
+
+
+def _run(
+    model_dir: Path,
+    calib: str,
+    out: Path,
+    config: Config,
+    dtype: str,
+    overwrite: bool,
+    force: bool,
+    json: Path | None,
+    resume: bool,
+) -> dict[str, Any]:
+    first = distributed.first()
+    console = Console(quiet=not first)
+    if not first:
+        _silence()
     settings = files.read_settings(model_dir)
     if files.is_quantized(settings):
         raise ModelError(f"{model_dir} is already quantized by tqcompile. Start from the original weights.")
     weights = files.weight_files(model_dir)
-    files.check_target(out, model_dir, overwrite)
-    files.check_file(json, "--json")
     blocks = out.with_name(f"{out.name}{BLOCKS}")
-    if blocks.exists() and not resume:
+    if first:
+        files.check_target(out, model_dir, overwrite)
+        files.check_file(json, "--json")
+    if first and blocks.exists() and not resume:
         raise ConfigError(f"{blocks} holds the finished blocks of an interrupted run. Pass --resume, or delete it.")
     if config.device is not None:
         files.check_device(config.device)
-    needed = memory.estimate(model_dir, weights, settings, config, dtype)
+    needed = memory.estimate(model_dir, weights, settings, config, dtype, distributed.local_size())
     console.print(f"memory, estimated: {needed}", highlight=False)
     if not force:
         memory.require(needed)
+    distributed.check()
     tokenizer = files.load_tokenizer(model_dir)
     texts = files.calibration_texts(calib, config.samples, config.seq_len)
     model = files.load_model(model_dir, dtype, config.device or "cpu")
@@ -55,24 +77,35 @@ def run(
     try:
         tqcompile.compile(model, texts, config=config, tokenizer=tokenizer, backend=None, resume=blocks)
     except BaseException:
-        if not any(blocks.glob("*.safetensors")):
+        if first and not any(blocks.glob("*.safetensors")):
             shutil.rmtree(blocks, ignore_errors=True)  # refused before anything was done
         raise
     seconds = time.perf_counter() - began
     report = tqcompile.report(model)
     peak = memory.peak()
     report.notes.append(f"quantized in {seconds:.0f} s, peak memory of the process {peak / 1e9:.2f} GB")
-    tqcompile.save(model, out, tokenizer=tokenizer)
-    shutil.rmtree(blocks)
-    print(report)
+    if first:
+        tqcompile.save(model, out, tokenizer=tokenizer)
+        shutil.rmtree(blocks)
+        print(report)
     console.print(f"saved to {out}", highlight=False)
     result = {
         "model": str(model_dir),
         "out": str(out),
         "seconds": seconds,
+        "processes": distributed.size(),
         "estimated_bytes": needed.total,
         "peak_bytes": peak,
         "report": report.to_dict(),
     }
-    files.write_json(json, result)
+    if first:
+        files.write_json(json, result)
     return result
+
+
+def _silence() -> None:
+    """No progress bars and warnings of transformers in a process beside the first."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

@@ -13,10 +13,11 @@ learned is the start for GPTQ, which then rounds the residual (``twin.quantize_s
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from tqcompile.distributed import share, sum_parts
 from tqcompile.errors import NumericError
 from tqcompile.methods.hadamard import mixing_matrix, rotate_blocks
 from tqcompile.methods.lowrank import truncated_svd
@@ -162,20 +163,62 @@ class Objective:
 
     def __call__(self, p: Parameters, x: torch.Tensor) -> torch.Tensor:
         """Squared output error on rows x (T, K), not yet divided by anything."""
+        return next(self.losses(p, x, x @ self.w.t(), [0], 1))
+
+    def losses(
+        self, p: Parameters, x: torch.Tensor, y: torch.Tensor, parts: Iterable[int], count: int
+    ) -> Iterator[torch.Tensor]:
+        """Some of the ``count`` terms whose sum is the squared output error, in turn: each of some of the outputs, or
+        of some of the rows where there are more of those.
+
+        Args:
+            x: (T, K). y: (T, N), x W^T. parts: numbers of the terms.
+        """
         scale, rotation = self.scale_of(p), self.rotation_of(p)
-        target = self.transformed(self.w, scale, rotation)
+        mix = down = None
+        if p.frame is not None:
+            mix = p.frame @ p.factor
+            down = fake_quantize(torch.linalg.solve(p.factor, p.frame.t()), self.group_size)
+        everything = slice(None)
+        by_outputs = len(self.w) >= len(x)
+        # What all terms need is computed once.
+        if by_outputs:
+            read = self._read(p, x, scale, rotation, down)
+        else:
+            rounded = self._rounded(p, everything, scale, rotation, mix, down)
+        total = len(self.w) if by_outputs else len(x)
+        for part in parts:
+            some = slice(part * total // count, (part + 1) * total // count)
+            if by_outputs:
+                rounded, exact = self._rounded(p, some, scale, rotation, mix, down), y[:, some]
+            else:
+                read, exact = self._read(p, x[some], scale, rotation, down), y[some]
+            (coarse, low), (residual, up) = read, rounded
+            found = coarse @ residual.t()
+            found = found if up is None else found + low @ up.t()
+            yield (found - exact).square().sum()
+            found = None  # the graph of this term is not needed while the next one is made
+            if by_outputs:
+                rounded = residual = up = None
+            else:
+                read = coarse = low = None
+
+    def _read(self, p: Parameters, x: torch.Tensor, scale, rotation, down):
+        """What the residual reads, (T, K), and what the up-projection reads, (T, R) or None."""
         x = x if scale is None else x / scale
         x = x if rotation is None else rotate_blocks(x, rotation)
         fine = fake_quantize_activation(x, max(self.act_bits, 8))
         coarse = fake_quantize_activation(x, 4, torch.sigmoid(p.act_clip)) if self.act_bits == 4 else fine
-        low, error = 0.0, -(x @ target.t())
-        if p.frame is not None:
-            up = fake_quantize(target @ (p.frame @ p.factor), p.factor.shape[0])
-            down = fake_quantize(torch.linalg.solve(p.factor, p.frame.t()), self.group_size)
-            low = up @ down
-            error = error + (fine @ down.t()) @ up.t()
-        residual = fake_quantize(target - low, self.group_size, torch.sigmoid(p.weight_clip))
-        return (error + coarse @ residual.t()).square().sum()
+        return coarse, None if down is None else fine @ down.t()
+
+    def _rounded(self, p: Parameters, rows: slice, scale, rotation, mix, down):
+        """The residual, (n, K), and the up-projection, (n, R) or None, of some of the outputs."""
+        target = self.transformed(self.w[rows], scale, rotation)
+        clip, up = torch.sigmoid(p.weight_clip[rows]), None
+        if mix is not None:
+            up = fake_quantize(target @ mix, mix.shape[1])
+            target = target - up @ down
+        return fake_quantize(target, self.group_size, clip), up
 
 
 def balanced_svd(w: torch.Tensor, rank: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,13 +238,14 @@ def learn(
     generator: torch.Generator,
     on_step: Callable[[float], None] = lambda loss: None,
     what: str = "site",
+    shards: int = 1,
 ) -> Parameters:
     """Minimise the objective over minibatches of ``rows``.
 
     Args:
         rows: (T, K) float32 inputs of the site; with no more than BATCH_ROWS (or K) of them each step reads all.
         steps: learning steps. generator: draws the minibatches. on_step: told the relative squared error.
-        what: named in errors.
+        what: named in errors. shards: parts in which a gradient is formed, see ``Config.shards``.
     Returns:
         the learned parameters, detached. Where G became ill-conditioned, V and G are those of the start.
     Raises:
@@ -218,15 +262,23 @@ def learn(
     ]
     adam = torch.optim.Adam(groups, betas=BETAS)
     frame = None if p.frame is None else StiefelAdam(p.frame, LR_FRAME, BETAS)
+    learned = [q for group in groups for q in group["params"]] + ([] if frame is None else [p.frame])
     size = max(BATCH_ROWS, rows.shape[1] // 4)
-    energy = (rows @ objective.w.t()).square().sum() / len(rows)
+    outputs = rows @ objective.w.t()
+    energy = outputs.square().sum() / len(rows)
     with torch.enable_grad(), fast_matmul(rows.device):
         for step in range(steps):
-            batch = rows
+            batch, exact = rows, outputs
             if len(rows) > max(size, rows.shape[1]):
-                batch = rows[torch.randint(len(rows), (size,), generator=generator).to(rows.device)]
-            loss = objective(p, batch) / (energy * len(batch))
-            loss.backward()
+                drawn = torch.randint(len(rows), (size,), generator=generator).to(rows.device)
+                batch, exact = rows[drawn], outputs[drawn]
+            norm = energy * len(batch)
+
+            def terms(parts, batch=batch, exact=exact, norm=norm):
+                losses = objective.losses(p, batch, exact, parts, shards)
+                return (flat_gradient(loss / norm, learned) for loss in losses)
+
+            loss = set_gradients(learned, sum_parts(terms, shards, flat_like(learned)))
             for group in adam.param_groups:
                 group["lr"] = group["start"] * cosine(step, steps)
             adam.step()
@@ -234,15 +286,43 @@ def learn(
             if frame is not None:
                 frame.step(cosine(step, steps))
                 p.frame.grad = None
-            on_step(float(loss.detach()))
-    if not torch.isfinite(loss.detach()):
-        raise NumericError(
-            f"{what}: learning diverged (loss {float(loss.detach())}). Use steps=0, or report the layer."
-        )
+            on_step(loss)
+    if not math.isfinite(loss):
+        raise NumericError(f"{what}: learning diverged (loss {loss}). Use steps=0, or report the layer.")
+    same_values(learned)
     p = dataclasses.replace(p, **{f.name: _detached(getattr(p, f.name)) for f in dataclasses.fields(p)})
     if p.factor is not None and not well_conditioned(p.factor):
         p = dataclasses.replace(p, frame=start.frame, factor=start.factor)
     return p
+
+
+def flat_like(parameters: list[torch.Tensor]) -> torch.Tensor:
+    """Zeros of the size of what :func:`flat_gradient` gives."""
+    return parameters[0].new_zeros(sum(p.numel() for p in parameters) + 1, requires_grad=False)
+
+
+def flat_gradient(loss: torch.Tensor, parameters: list[torch.Tensor]) -> torch.Tensor:
+    """The gradient of ``loss`` and behind it its value, as one vector; the graph is kept."""
+    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    parts = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+    return torch.cat([part.reshape(-1) for part in (*parts, loss.detach())])
+
+
+def set_gradients(parameters: list[torch.Tensor], flat: torch.Tensor) -> float:
+    """Set every parameter's ``grad`` from such a vector, and return the value of the loss."""
+    *parts, loss = flat.split([*(p.numel() for p in parameters), 1])
+    for p, part in zip(parameters, parts, strict=True):
+        p.grad = part.view_as(p)
+    return float(loss)
+
+
+@torch.no_grad()
+def same_values(parameters: list[torch.Tensor]) -> None:
+    """Give every process the parameters of the first one, in case that equal steps differed by rounding."""
+    found = share({str(i): p for i, p in enumerate(parameters)}, parameters[0].device)
+    for i, p in enumerate(parameters):
+        if found[str(i)] is not p:
+            p.copy_(found[str(i)])
 
 
 def learned_rotation(objective: Objective, p: Parameters) -> torch.Tensor | None:

@@ -17,7 +17,7 @@ from tqcompile.methods.hadamard import random_signs, rotate_blocks, rotation_blo
 from tqcompile.methods.lattice import Codes, Lattice, encode, integer_lattice, learn_lattice, refine
 from tqcompile.methods.lowrank import quantize_factors, svd_factors
 from tqcompile.methods.rounding import require_finite
-from tqcompile.methods.select import Solution
+from tqcompile.methods.select import Solution, best_of
 from tqcompile.methods.statistics import balance_tokens
 from tqcompile.methods.twin import SiteProblem, SiteTransform, factor_tensors
 from tqcompile.ops.packing import pack_codes
@@ -25,12 +25,11 @@ from tqcompile.ops.packing import pack_codes
 
 @dataclasses.dataclass
 class Candidate:
-    """A transform (its ``scale`` and ``rotation`` used), the codes of the stacked weights in it, and its error."""
+    """A transform (its ``scale`` and ``rotation`` used) and the codes of the stacked weights in it."""
 
     transform: SiteTransform
     codes: Codes
     output_signs: list[str]
-    error: float | None = None
 
 
 def solve_site(
@@ -44,17 +43,23 @@ def solve_site(
     """
     w = problem.stacked()
     require_finite(w, f"{problem.name}: weights", "The checkpoint is damaged, or training diverged.")
-    best: Candidate | None = None
-    for name, scale, rotate in _candidates(problem, w):
-        candidate = _quantize(problem, w, name, None if scale is None else applied(scale), rotate)
-        if problem.statistics is not None:
-            candidate.error = _held_out_error(problem, w, candidate)
-            on_step(candidate.error)
-        if best is None or candidate.error < best.error:
-            best = candidate
-    solution = Solution(best.transform, _linears(problem, best))
-    solution.closed_error = best.error
-    return solution
+    candidates = _candidates(problem, w)
+
+    def quantized(index: int) -> Candidate:
+        name, scale, rotate = candidates[index]
+        return _quantize(problem, w, name, None if scale is None else applied(scale), rotate)
+
+    def candidate(index: int) -> tuple[Solution, float]:
+        found = quantized(index)
+        error = _held_out_error(problem, w, found)
+        on_step(error)
+        return Solution(found.transform, _linears(problem, found)), error
+
+    if problem.statistics is None:
+        found = quantized(0)
+        return Solution(found.transform, _linears(problem, found))
+    solution, errors = best_of(candidate, len(candidates), w.device)
+    return dataclasses.replace(solution, closed_error=min(errors))
 
 
 def _candidates(problem: SiteProblem, w: torch.Tensor) -> list[tuple[str, torch.Tensor | None, bool]]:

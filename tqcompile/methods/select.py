@@ -1,12 +1,15 @@
 """Both solutions of a site, closed form and learned, and the choice between them on rows used for neither."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
 
-from tqcompile.methods.components import QuantizedLinear
+from tqcompile.distributed import active, numbers, owner, same, share
+from tqcompile.methods.components import LinearSpec, QuantizedLinear
 from tqcompile.methods.learn import Objective, learn, learned_rotation
+from tqcompile.methods.lowrank import LowRank
 from tqcompile.methods.statistics import balance_tokens
 from tqcompile.methods.twin import (
     SiteProblem,
@@ -57,15 +60,66 @@ def solve_site(
         NumericError: weights are not finite, a Hessian cannot be factored, or learning diverges.
     """
     start = choose_scale(problem)
-    transform = closed_form_transform(problem, None if start is None else applied(start))
-    closed = Solution(transform, quantize_site(problem, transform))
+    closed = closed_form_transform(problem, None if start is None else applied(start))
     if not (problem.recipe.learn and problem.config.steps and problem.statistics is not None):
-        return closed
-    transform = learn_transform(problem, start, applied, on_step)
-    learned = Solution(transform, quantize_site(problem, transform))
-    closed.closed_error = learned.closed_error = held_out_error(problem, closed)
-    closed.learned_error = learned.learned_error = held_out_error(problem, learned)
-    return learned if learned.learned else closed
+        return Solution(closed, quantize_site(problem, closed))
+    transforms = [closed, learn_transform(problem, start, applied, on_step)]
+
+    def candidate(index: int) -> tuple[Solution, float]:
+        found = Solution(transforms[index], quantize_site(problem, transforms[index]))
+        return found, held_out_error(problem, found)
+
+    solution, errors = best_of(candidate, len(transforms), problem.weights[0].device)
+    return dataclasses.replace(solution, closed_error=errors[0], learned_error=errors[1])
+
+
+def best_of(
+    candidate: Callable[[int], tuple[Solution, float]], count: int, device: torch.device
+) -> tuple[Solution, list[float]]:
+    """The solution of the smallest error, the first of equal ones, and all errors; several processes share the work.
+
+    Args:
+        candidate: number of a candidate -> its solution and error. device: where the solutions' tensors are.
+    """
+    best: tuple[float, int, Solution] | None = None
+
+    def error(index: int) -> float:
+        nonlocal best
+        solution, value = candidate(index)
+        value = math.inf if math.isnan(value) else value
+        if best is None or value < best[0]:
+            best = (value, index, solution)
+        return value
+
+    errors = numbers(error, count)
+    index = min(range(count), key=errors.__getitem__)
+    mine = best is not None and best[1] == index
+    return _received(best[2] if mine else None, owner(index, count), device), errors
+
+
+def _received(solution: Solution | None, source: int, device: torch.device) -> Solution:
+    """The solution of process ``source``; others pass None."""
+    if not active():
+        return solution
+    tensors, facts = {}, {}
+    if solution is not None:
+        t = solution.transform
+        tensors = {"scale": t.scale, "rotation": t.rotation}
+        tensors |= {} if t.factors is None else {f"factors.{k}": v for k, v in vars(t.factors).items()}
+        tensors |= {f"{i}.{k}": v for i, q in enumerate(solution.quantized) for k, v in q.tensors.items()}
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        transform = {"act_ratio": t.act_ratio, "rotation_signs": t.rotation_signs, "scale_name": t.scale_name}
+        facts = {"transform": transform, "specs": [q.spec.to_dict() for q in solution.quantized]}
+    facts, tensors = same(facts, source), share(tensors, device, source)
+
+    def of(part: str) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(f"{part}."): v for name, v in tensors.items() if name.startswith(f"{part}.")}
+
+    factors = LowRank(**of("factors")) if of("factors") else None
+    transform = SiteTransform(tensors.get("scale"), tensors.get("rotation"), factors=factors, **facts["transform"])
+    return Solution(
+        transform, [QuantizedLinear(LinearSpec(**spec), of(str(i))) for i, spec in enumerate(facts["specs"])]
+    )
 
 
 def learn_transform(
@@ -86,7 +140,7 @@ def learn_transform(
     objective = Objective(w, scale, rotation, problem.tie, config.group_size, problem.scheme.act_bits)
     start = objective.start(config.rank if recipe.low_rank_bits else 0, recipe.smooth, generator, learn_rotation)
     rows = learning_rows(problem)
-    found = learn(objective, start, rows, config.steps, generator, on_step, problem.name)
+    found = learn(objective, start, rows, config.steps, generator, on_step, problem.name, config.shards)
     scale = objective.scale_of(found)
     down = None if found.frame is None else torch.linalg.solve(found.factor, found.frame.t())
     return learned_transform(

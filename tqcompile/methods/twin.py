@@ -15,6 +15,7 @@ import dataclasses
 import torch
 
 from tqcompile.config import Config, Scheme
+from tqcompile.distributed import numbers
 from tqcompile.methods.components import LinearSpec, QuantizedLinear
 from tqcompile.methods.gptq import gptq, inverse_factor
 from tqcompile.methods.hadamard import random_signs, rotate_blocks, rotation_block, signed_hadamard
@@ -152,13 +153,15 @@ def choose_scale(problem: SiteProblem) -> torch.Tensor | None:
     if stats is None or not problem.recipe.smooth:
         return None
     w = problem.stacked()
+    scales = [smoothing_scale(stats.absmax, w, exponent, problem.tie) for exponent in SMOOTHING_EXPONENTS]
+
+    def error(index: int) -> float:
+        return _rounding_error(problem, _without_clip(problem, scales[index], w), w)
+
     best, best_error = None, torch.inf
-    for exponent in SMOOTHING_EXPONENTS:
-        scale = smoothing_scale(stats.absmax, w, exponent, problem.tie)
-        transform = _without_clip(problem, scale, w)
-        error = _rounding_error(problem, transform, w)
-        if error < best_error:
-            best, best_error = (None if exponent == 0 else scale), error
+    for exponent, scale, found in zip(SMOOTHING_EXPONENTS, scales, numbers(error, len(scales)), strict=True):
+        if found < best_error:
+            best, best_error = (None if exponent == 0 else scale), found
     return best
 
 
