@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tqcompile.checkpoint_files import tensor_shapes
 from tqcompile.config import Config, Scheme
-from tqcompile.errors import CheckpointError, ModelError
+from tqcompile.errors import ModelError
 from tqcompile.methods.recipe import recipe_of
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -36,22 +37,6 @@ class Estimate:
         parts = {"weights": self.model, "quantized copy": self.copy, "learning": self.work, "hidden states": self.data}
         listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
         return f"{self.total / 1e9:.2f} GB ({listed}, Python and torch {_BASE / 1e9:.2f})"
-
-
-def tensor_shapes(files: list[Path]) -> dict[str, tuple[str, list[int]]]:
-    """Tensor name -> (dtype, shape), read from the headers alone. Raises CheckpointError on a damaged header."""
-    from safetensors import SafetensorError, safe_open
-
-    found = {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  (not a mapping)
-                    part = opened.get_slice(name)
-                    found[name] = (part.get_dtype(), part.get_shape())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} cannot be read ({error}); it is damaged or not complete.") from error
-    return found
 
 
 def estimate(directory: Path, files: list[Path], settings: dict[str, Any], config: Config, dtype: str) -> Estimate:
