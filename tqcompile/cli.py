@@ -76,15 +76,16 @@ def quantize(
     force: Annotated[bool, typer.Option(help="Start even if the memory will probably not do.")] = False,
     json: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on behind the last finished block of an interrupted run.")] = False,
+    stream: Annotated[bool, typer.Option(help="Keep one block in memory, not the model; same tensors.")] = False,
 ) -> None:
-    """Quantize a model in memory and save it with its report and tokenizer."""
+    """Quantize a model and save it with its report and tokenizer."""
     settings = {"rank": rank, "group_size": group_size, "steps": steps, "tune": tune, "samples": samples}
     settings |= {"seq_len": seq_len, "seed": seed, "lm_head": lm_head, "rotate_stream": rotate_stream, "device": device}
     settings |= {"overrides": read_overrides(override or ()), "bits_budget": bits_budget}
     config = Config(scheme=scheme, ignore=(*_DEFAULT.ignore, *(ignore or ())), **settings)
     from tqcompile.commands.quantize import run
 
-    run(model, calib, out, config, dtype, overwrite, force, json, resume)
+    run(model, calib, out, config, dtype, overwrite, force, json, resume, stream)
 
 
 @app.command("eval")
