@@ -105,7 +105,7 @@ class Run:
                     self.peak[key] = max(self.peak.get(key, 0), int(fields[key].split()[0]) * 1024)
             except (OSError, KeyError):
                 pass  # it has just ended
-            time.sleep(0.05)
+            time.sleep(0.1)
         return self.process.poll()
 
     @property

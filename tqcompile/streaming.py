@@ -8,7 +8,7 @@ import contextlib
 import copy
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +58,22 @@ class StreamedModel:
         if not isinstance(wanted, torch.dtype):
             raise ConfigError(f"{directory / 'config.json'} names no dtype; pass --dtype.")
         with torch.device("meta"):
-            self._skeleton = architecture._from_config(copy.deepcopy(config), dtype=wanted).eval()
-        self.unused = self._match_names(directory)
-        self.model = self._hollow_model(architecture, directory, config, wanted, torch.device(device))
+            skeleton = architecture._from_config(copy.deepcopy(config), dtype=wanted)
+        self.unused = self._match_names(skeleton, directory)
+        hollow = {name: _hollow(tensor, "cpu") for name, tensor in skeleton.state_dict().items() if name in self._files}
+        model = architecture.from_pretrained(None, config=config, state_dict=hollow, dtype=wanted)
+        self.model = self._complete(model, directory, torch.device(device))
         self.blocks: list[str] = []
 
-    def _match_names(self, directory: Path) -> list[str]:
+    def _match_names(self, skeleton: nn.Module, directory: Path) -> list[str]:
         """Refuse tensors that are not those of the model; leave out, and return, those it has no place for."""
-        expected = self._skeleton.state_dict()
+        expected = skeleton.state_dict()
         stored = tensor_shapes(sorted(set(self._files.values())))
         stored = {name: shape for name, (_, shape) in stored.items() if name in self._files}
-        for name, module in self._skeleton.named_modules():
+        for name, module in skeleton.named_modules():
             if is_conv1d(module):
                 raise ModelError(f"{name} is a Conv1D, whose weight is stored transposed. {_HINT}")
-        aliases = _aliases(self._skeleton)
+        aliases = _aliases(skeleton)
         for name, tensor in expected.items():
             if not any(alias in stored for alias in aliases.get(name, [name])):
                 raise ModelError(f"{directory} holds no tensor {name}; transformers converts its names. {_HINT}")
@@ -81,20 +83,18 @@ class StreamedModel:
                 )
         unused = [name for name in stored if name not in expected]
         # Of a tensor stored under two names, transformers makes one only if both are equal.
-        for first, second in getattr(self._skeleton, "all_tied_weights_keys", {}).items():
+        for first, second in getattr(skeleton, "all_tied_weights_keys", {}).items():
             if first in stored and second in stored and torch.equal(self._read(first), self._read(second)):
                 del self._files[first]
         for name in unused:
             del self._files[name]
         return unused
 
-    def _hollow_model(self, architecture: type, directory: Path, config: Any, dtype: torch.dtype, device) -> nn.Module:
-        """The model as ``from_pretrained`` makes it, with the buffers that are not stored, but hollow."""
+    @staticmethod
+    def _complete(model: nn.Module, directory: Path, device: torch.device) -> nn.Module:
+        """What ``from_pretrained`` does with a directory beside reading its tensors, which stay hollow."""
         from transformers import GenerationConfig
 
-        expected = self._skeleton.state_dict()
-        hollow = {name: _hollow(expected[name], "cpu") for name in self._files}
-        model = architecture.from_pretrained(None, config=config, state_dict=hollow, dtype=dtype).eval()
         if getattr(model, "_weight_conversions", None):
             raise ModelError(f"transformers converts the tensors of {directory} when it loads them. {_HINT}")
         if model.can_generate():
@@ -105,7 +105,7 @@ class StreamedModel:
         stored = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.data = _hollow(tensor, device) if id(tensor) in stored else tensor.data.to(device)
-        return model.requires_grad_(False)
+        return model.eval().requires_grad_(False)
 
     def prepare(self, plan: Plan) -> Plan:
         """Find the blocks and read what lies outside of them; the plan of what is quantized in them.
@@ -145,34 +145,30 @@ class StreamedModel:
     def passing_through(self) -> Iterator[None]:
         """Inside, each block gives the hidden states that it is given, in the form in which it gives its own."""
         modules = {name: self.model.get_submodule(name) for name in self.blocks}
+        forms: dict[type, tuple | None] = {}
         for name, module in modules.items():
-            module.forward = self._pass_through(name)
+            module.forward = self._pass_through(name, module.forward, forms)
         try:
             yield
         finally:
             for module in modules.values():
                 del module.forward
 
-    def _pass_through(self, block: str) -> Callable:
-        rest: list[tuple | None] = []  # what the block gives beside hidden states; None where it gives a tensor
+    def _pass_through(self, block: str, own: Callable, forms: dict[type, tuple | None]) -> Callable:
+        """forms: by class of a block, what it gives beside hidden states; None where it gives a tensor."""
+        kind = type(self.model.get_submodule(block))
 
         def forward(hidden, *args, **kwargs):
-            if not rest:
-                found = self._on_meta(block, (hidden, *args), kwargs)
+            if kind not in forms:
+                with self.resident(block):
+                    found = own(hidden, *args, **kwargs)
                 given = found[0] if isinstance(found, tuple) else found
                 if not isinstance(given, torch.Tensor) or given.shape != hidden.shape:
                     raise ModelError(f"{block} does not give hidden states of the shape it is given. {_HINT}")
-                rest.append(found[1:] if isinstance(found, tuple) else None)
-            return hidden if rest[0] is None else (hidden, *rest[0])
+                forms[kind] = found[1:] if isinstance(found, tuple) else None
+            return hidden if forms[kind] is None else (hidden, *forms[kind])
 
         return forward
-
-    def _on_meta(self, block: str, args: tuple, kwargs: dict) -> Any:
-        moved = torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
-        try:
-            return self._skeleton.get_submodule(block)(*moved[0], **moved[1])
-        except Exception as error:  # the model's own code, on tensors that hold nothing
-            raise ModelError(f"{block} does not run on the meta device ({error}). {_HINT}") from error
 
     def original_state(self) -> Mapping[str, torch.Tensor]:
         """``state_dict()`` of the whole model before it is quantized, each tensor read when it is asked for.
@@ -294,7 +290,7 @@ def _files_of_tensors(directory: Path) -> dict[str, Path]:
     return files
 
 
-def _write_index(folder: Path, shards: Collection[str]) -> None:
+def _write_index(folder: Path, shards: Sequence[str]) -> None:
     """The index of shards, last: without it nothing loads."""
     files = {name: (folder / shard) for shard in shards for name in tensor_shapes([folder / shard])}
     total = sum((folder / shard).stat().st_size for shard in shards)

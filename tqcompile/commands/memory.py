@@ -105,10 +105,12 @@ def require(needed: Estimate, stream: bool = False) -> None:
     """Raise ModelError when the estimate is more than there is."""
     free = available()
     if free is not None and needed.total > free:
-        how, other = ("block by block", "") if stream else ("in memory", "--stream, ")
+        what, other = "quantizing this model in memory takes about", "--stream, "
+        if stream:
+            what, other = "quantizing this model block by block takes about", ""
         raise ModelError(
-            f"quantizing this model {how} takes about {needed}, and {free / 1e9:.2f} GB are free. Use {other}fewer or "
-            "shorter samples (--samples, --seq-len), --dtype bfloat16, or a larger machine; --force tries anyway."
+            f"{what} {needed}, and {free / 1e9:.2f} GB are free. Use {other}fewer or shorter samples (--samples, "
+            "--seq-len), --dtype bfloat16, or a larger machine; --force tries anyway."
         )
 
 
