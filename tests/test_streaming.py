@@ -63,7 +63,7 @@ def manifest(out: Path) -> dict:
         ("Qwen3", {"tie_word_embeddings": True}, "twin-w4a8", "auto"),
         ("Llama", {}, "d2-w3a16", "bfloat16"),
         ("Qwen2", {}, "unisvq-w2a16", "auto"),
-        ("OPT", {}, "twin-w4a16", "auto"),
+        ("OPT", {"ffn_dim": 192}, "twin-w4a16", "auto"),
         ("Qwen3Moe", MOE, "rtn-w4a8", "auto"),
     ],
 )
@@ -272,8 +272,9 @@ def test_models_without_a_chain_of_blocks_of_linears_are_refused(monkeypatch, tm
     gpt2 = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=97, n_positions=32)
     with pytest.raises(ModelError, match="is a Conv1D"):
         opened(saved(tmp_path / "gpt2", transformers.GPT2LMHeadModel(gpt2)))
-    source = saved(tmp_path, tiny("Qwen3"))
-    broken = opened(source)
+    broken = opened(saved(tmp_path, tiny("Qwen3")))
+    with pytest.raises(ConfigError, match="calib_data is None"):
+        api.compile_streamed(broken, None, config=Config(**SETTINGS), resume=tmp_path / "blocks")
     monkeypatch.setattr(
         "tqcompile.streaming.StreamedModel._pass_through", lambda *_: lambda hidden, *args, **kwargs: hidden.clone() + 1
     )

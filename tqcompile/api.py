@@ -98,6 +98,8 @@ def compile_streamed(
     its blocks; ``source.save`` writes the checkpoint.
     """
     check_config(config)
+    if calib_data is None:
+        raise ConfigError("a model is streamed over calibration data, and calib_data is None; pass some")
     model = source.model
     with torch.no_grad():
         journal = Journal(model, undo=False)

@@ -76,7 +76,8 @@ class StreamedModel:
         aliases = _aliases(skeleton)
         for name, tensor in expected.items():
             if not any(alias in stored for alias in aliases.get(name, [name])):
-                raise ModelError(f"{directory} holds no tensor {name}; transformers converts its names. {_HINT}")
+                why = "it is not complete, or transformers converts its names"
+                raise ModelError(f"{directory} holds no tensor {name}: {why}. {_HINT}")
             if name in stored and stored[name] != list(tensor.shape):
                 raise ModelError(
                     f"tensor {name} is {stored[name]} in {directory}, {list(tensor.shape)} in the model. {_HINT}"
