@@ -136,7 +136,7 @@ def killed(model: Path, out: Path, options: list[str], kills: int, seconds: floa
     blocks = out.with_name(f"{out.name}.blocks")
     for start in range(kills):
         run = Run(model, out, options, *(["--resume"] if start else []))
-        run.poll(draw.uniform(1, seconds / kills))
+        run.poll(draw.uniform(0, 2 * seconds / kills))
         run.kill()
         finished = len(list(blocks.glob("*.safetensors"))) if blocks.is_dir() else 0
         if out.exists() and not blocks.exists():
