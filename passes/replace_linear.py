@@ -20,7 +20,7 @@ class Journal:
         self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._parameters: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._attributes: list[tuple[object, str, object]] = []
-        self._training = {module: module.training for module in model.modules()}
+        self._training = {module: module.training for module in model.modules()} if undo else {}
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put ``module`` in the place of the submodule ``name``."""
@@ -55,7 +55,8 @@ class Journal:
 
     def remember_attribute(self, owner: object, name: str) -> None:
         """Keep the value of an attribute before it is set to another."""
-        self._attributes.append((owner, name, getattr(owner, name)))
+        if self._undo:
+            self._attributes.append((owner, name, getattr(owner, name)))
 
     def restore(self) -> None:
         """Put everything back, newest first."""

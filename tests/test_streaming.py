@@ -1,7 +1,9 @@
 """Streamed runs: the same tensors as in memory, one block at a time, and every refusal before any work."""
 
 import contextlib
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -115,13 +117,19 @@ def stored_bytes(module: nn.Module) -> int:
 
 def test_one_block_is_in_memory_at_a_time(monkeypatch, tmp_path):
     source = saved(tmp_path, tiny("Qwen3", num_hidden_layers=4))
-    plain, seen = api.quantize_unit, []
+    plain, seen, originals = api.quantize_unit, [], []
 
     def spy(job, unit, statistics):
         sizes = [stored_bytes(block) for block in job.model.model.layers]
         resident = [index for index, size in enumerate(sizes) if size > 2000]
         assert sizes[resident[0]] == 4 * sum(p.numel() for p in job.model.get_submodule(unit.name).parameters())
         seen.append(resident)
+        gc.collect()
+        assert not [name for name, linear in originals if linear() is not None]  # nothing holds a block that is done
+        linears = [(name, module) for name, module in job.model.get_submodule(unit.name).named_modules()]
+        originals[:] = [(f"{unit.name}.{name}", weakref.ref(m)) for name, m in linears if type(m) is nn.Linear]
+        assert len(originals) == 7
+        del linears
         return plain(job, unit, statistics)
 
     monkeypatch.setattr(api, "quantize_unit", spy)
