@@ -8,23 +8,30 @@ from torch import nn
 
 
 class Journal:
-    """Records how to restore a model, so that a failed ``compile`` leaves it as it was."""
+    """Records how to restore a model, so that a failed ``compile`` leaves it as it was.
 
-    def __init__(self, model: nn.Module):
+    undo: False records nothing, for a model that is thrown away when something fails: what is replaced is freed.
+    """
+
+    def __init__(self, model: nn.Module, undo: bool = True):
+        self._undo = undo
         self._model = model
         self._modules: list[tuple[str, nn.Module]] = []
         self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._parameters: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._attributes: list[tuple[object, str, object]] = []
-        self._training = {module: module.training for module in model.modules()}
+        self._training = {module: module.training for module in model.modules()} if undo else {}
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put ``module`` in the place of the submodule ``name``."""
-        self._modules.append((name, self._model.get_submodule(name)))
+        if self._undo:
+            self._modules.append((name, self._model.get_submodule(name)))
         self._set(name, module)
 
     def remember(self, module: nn.Module) -> None:
         """Keep a copy of a small module's own parameters before they are changed in place."""
+        if not self._undo:
+            return
         for parameter in module.parameters(recurse=False):
             self._tensors.append((parameter, parameter.detach().clone()))
 
@@ -42,12 +49,14 @@ class Journal:
 
     def assign_parameter(self, module: nn.Module, leaf: str, parameter: nn.Parameter) -> None:
         """Replace one parameter of one module, which unties it from others."""
-        self._parameters.append((module, leaf, getattr(module, leaf)))
+        if self._undo:
+            self._parameters.append((module, leaf, getattr(module, leaf)))
         setattr(module, leaf, parameter)
 
     def remember_attribute(self, owner: object, name: str) -> None:
         """Keep the value of an attribute before it is set to another."""
-        self._attributes.append((owner, name, getattr(owner, name)))
+        if self._undo:
+            self._attributes.append((owner, name, getattr(owner, name)))
 
     def restore(self) -> None:
         """Put everything back, newest first."""

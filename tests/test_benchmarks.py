@@ -299,3 +299,19 @@ def test_mixed_gives_the_budget_the_average_of_the_uniform_model(monkeypatch, tm
     assert [(run.scheme, run.seed) for run in chosen] == [(run.scheme, run.seed) for run in uniform[1:]]
     assert all(dict(run.settings) == {"steps": 0, "tune": 0, "bits_budget": 3.25} for run in chosen)
     assert "| gptq-w3a16 | 1 | 3.250 | 8.0000 | 3.250 | 7.5000 |" in capsys.readouterr().out
+
+
+def test_stream_measures_its_peak_and_compares_a_killed_run(tmp_path):
+    small = ["--layers=2", "--vocabulary=2048", "--hidden=256", "--intermediate=256", "--heads=4", "--kv-heads=2"]
+    path = tmp_path / "s.json"
+    arguments = [*small, "--scheme=rtn-w4a16", "--kills=1", "--folder", str(tmp_path), "--json", str(path)]
+    result = script("stream").main(arguments)
+    assert result == json.loads(path.read_text())
+    matrices = 2 * 2048 * 256 + 2 * 256 * (256 + 128 + 128 + 256 + 3 * 256)
+    assert result["weight_bytes"] == 2 * (matrices + (2 * 2 + 1) * 256)
+    assert result["whole"]["layers_quantized"] == {"rtn-w4a16": 14}
+    assert result["whole"]["vm_hwm_bytes"] > 1e8
+    assert len(result["kills_at"]) <= 1
+    assert result["equal"] is True
+    assert result["tensors"] > 14
+    assert [file.name for file in tmp_path.iterdir()] == ["s.json"]

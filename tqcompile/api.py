@@ -15,7 +15,7 @@ from torch import nn
 
 from tqcompile import distributed, recipes
 from tqcompile.allocation import allocate
-from tqcompile.calibration import Unit, collect_statistics, device_of, split_into_units
+from tqcompile.calibration import Unit, check_finite, collect_statistics, device_of, split_into_units
 from tqcompile.checkpoint import quantization_config
 from tqcompile.config import Config
 from tqcompile.data import Batch, load_calibration
@@ -34,6 +34,7 @@ from tqcompile.passes.rotate_residual_stream import rotate_residual_stream, rota
 from tqcompile.progress import Progress
 from tqcompile.quantize_unit import Job, correct_unit, norm_gains, quantize_unit, tune_unit
 from tqcompile.reporting import Report
+from tqcompile.streaming import StreamedModel, check_config
 
 
 @distributed.together()
@@ -88,6 +89,32 @@ def compile(
 
 
 @distributed.together()
+def compile_streamed(
+    source: StreamedModel,
+    calib_data: Any,
+    *,
+    config: Config,
+    resume: str | Path,
+    tokenizer: Any = None,
+    progress: bool = True,
+) -> nn.Module:
+    """:func:`compile` for a model larger than memory: each block is read, quantized, kept in ``resume`` and let go.
+
+    Arguments and errors are those of :func:`compile`. Returns the model's structure and report, without the tensors of
+    its blocks; ``source.save`` writes the checkpoint.
+    """
+    check_config(config)
+    if calib_data is None:
+        raise ConfigError("a model is streamed over calibration data, and calib_data is None; pass some")
+    model = source.model
+    with torch.no_grad():
+        journal = Journal(model, undo=False)
+        _, report = _quantize(model, calib_data, tokenizer, config, journal, progress, True, resume, source)
+    _mark(model, config, report)
+    return model
+
+
+@distributed.together()
 def attach_recipe(
     model: nn.Module,
     calib_data: Any = None,
@@ -131,8 +158,8 @@ def check_model(model: nn.Module) -> None:
         if linear.weight.is_meta:
             raise ModelError(f"{name}.weight is on the meta device. Load the weights before quantizing.")
         for leaf, tensor in (("weight", linear.weight), ("bias", linear.bias)):
-            if tensor is not None and not torch.isfinite(tensor).all():
-                raise ModelError(f"{name}.{leaf} holds NaN or infinity: a damaged checkpoint, or training diverged.")
+            if tensor is not None:
+                check_finite(f"{name}.{leaf}", tensor)
 
 
 @contextlib.contextmanager
@@ -166,15 +193,20 @@ def _quantize(
     progress: bool,
     absorb: bool,
     resume: str | Path | None = None,
+    stream: StreamedModel | None = None,
 ) -> tuple[dict[str, QuantizedLinear], Report]:
+    """Quantize in place; the report, and where nothing is absorbed the components by name of their linear."""
     batches = _calibration_batches(model, calib_data, tokenizer, config)
     plan = analyze(model, _example(model, batches), leave_head(model, config))
+    if stream is not None and plan.sites:
+        plan = stream.prepare(plan)
     if not plan.sites:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(plan.skipped.items())[:5])
         raise ModelError(f"no layer of {type(model).__name__} can be quantized ({reasons}).")
+    original = model.state_dict() if stream is None else stream.original_state()
     if resume is None and distributed.active():
-        distributed.require_same(fingerprint(model, batches, config))
-    finished = None if resume is None else FinishedBlocks(resume, model, batches, config)
+        distributed.require_same(fingerprint(model, batches, config, original))
+    finished = None if resume is None else FinishedBlocks(resume, model, batches, config, original)
     progress = progress and distributed.first()
     report = Report(config.to_dict(), skipped=dict(plan.skipped), notes=list(plan.notes))
     rotated = _rotate_stream(model, plan, config, journal, report) if config.rotate_stream else frozenset()
@@ -195,7 +227,7 @@ def _quantize(
         corrected = {site for site, recipe in recipes_of.items() if recipe.correct}
         tuned = {site for site, recipe in recipes_of.items() if recipe.tune * config.tune}
         if batches:
-            units = split_into_units(model, plan.sites, batches, targets=bool(tuned | corrected), means=corrected)
+            units = split_into_units(model, plan.sites, batches, bool(tuned | corrected), corrected, stream)
         for unit in units:
             if finished is not None and finished.restore(job, unit):
                 continue
@@ -209,7 +241,8 @@ def _quantize(
                 correct_unit(job, unit, gains)
             if len(unit.calls) > 1 and not tuned.isdisjoint(unit.sites):
                 results = tune_unit(job, unit, results)
-            quantized |= results
+            if not absorb:
+                quantized |= results
             if finished is not None and unit.name != "model":
                 finished.save(job, unit, before)
             elif finished is not None:

@@ -10,15 +10,18 @@ import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from tqcompile.data import Batch
-from tqcompile.errors import CalibrationError
+from tqcompile.errors import CalibrationError, ModelError
 from tqcompile.methods.statistics import SiteStatistics, StatisticsCollector
 from tqcompile.passes.plan import Site
+
+if TYPE_CHECKING:
+    from tqcompile.streaming import StreamedModel
 
 HELD_OUT_FRACTION = 8
 # Two sets of hidden states that take more than this share of the machine's memory are kept in files.
@@ -101,10 +104,12 @@ def _in_file(tensor: torch.Tensor) -> torch.Tensor:
     return mapped.view(tensor.shape).copy_(tensor)
 
 
+def _on_cpu(tensors: list[torch.Tensor]) -> bool:
+    return all(tensor.device.type == "cpu" for tensor in tensors)
+
+
 def _too_large(tensors: list[torch.Tensor]) -> bool:
-    """Whether two sets of such tensors should be in files: they are on the CPU and take too much of its memory."""
-    if any(tensor.device.type != "cpu" for tensor in tensors):
-        return False
+    """Whether two sets of such tensors take too much of the machine's memory."""
     needed = 2 * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return needed > MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -168,18 +173,30 @@ def collect_statistics(
 
 
 def split_into_units(
-    model: nn.Module, sites: tuple[Site, ...], batches: list[Batch], targets: bool = False, means: Collection[Site] = ()
+    model: nn.Module,
+    sites: tuple[Site, ...],
+    batches: list[Batch],
+    targets: bool = False,
+    means: Collection[Site] = (),
+    stream: "StreamedModel | None" = None,
 ) -> Iterator[Unit]:
     """Yield the units of a model in forward order; the caller quantizes each before asking for the next.
 
     targets: give blocks their ``calls``, which costs another pass over the data and a second set of hidden states.
     means: with these, give them their ``means``, for the norms of these sites.
+    stream: the source of ``model``, where its blocks are not in memory; each then is until the next unit is asked for.
 
     The sites of a stack of blocks (the ``nn.ModuleList`` that holds most sites) come block by block; everything
     else comes last, in one unit over the whole model.
+
+    Raises:
+        ModelError: the blocks of a streamed model do not each feed their hidden state to the next.
     """
-    prefix, count = _largest_stack(model, sites)
-    driver = _BlockDriver.record(model, prefix, count, batches) if prefix else None
+    prefix, count = largest_stack(model, sites)
+    with stream.passing_through() if stream is not None else contextlib.nullcontext():
+        driver = _BlockDriver.record(model, prefix, count, batches, stream is not None) if prefix else None
+    if stream is not None and driver is None:
+        raise ModelError(f"{prefix}: not every block feeds the next, so they cannot be streamed. Quantize in memory.")
     rest = list(sites)
     if driver is not None:
         for index in range(count):
@@ -187,15 +204,16 @@ def split_into_units(
             inside = [site for site in sites if site.linears[0].startswith(name + ".")]
             rest = [site for site in rest if site not in inside]
             calls, found = [], {}
-            if targets:
-                absorbers = [site.absorber for site in inside[1:] if site in means and site.absorber]
-                norms = [a.module for a in absorbers if a.kind == "norm" and a.module.startswith(f"{name}.")]
-                with mean_outputs(model, norms, driver.masks) as found:
-                    calls = driver.calls(index)
-            if inside:
-                yield Unit(name, inside, lambda start, index=index: driver.run(index, start), calls, found)
-            if index < count - 1:
-                driver.advance(index)
+            with stream.resident(name) if stream is not None else contextlib.nullcontext():
+                if targets:
+                    absorbers = [site.absorber for site in inside[1:] if site in means and site.absorber]
+                    norms = [a.module for a in absorbers if a.kind == "norm" and a.module.startswith(f"{name}.")]
+                    with mean_outputs(model, norms, driver.masks) as found:
+                        calls = driver.calls(index)
+                if inside:
+                    yield Unit(name, inside, lambda start, index=index: driver.run(index, start), calls, found)
+                if index < count - 1:
+                    driver.advance(index)
     if rest:
         yield Unit("model", rest, lambda start: _run_whole(model, batches, start))
 
@@ -227,7 +245,8 @@ def mean_outputs(
         means[name] /= counts[name]
 
 
-def _largest_stack(model: nn.Module, sites: tuple[Site, ...]) -> tuple[str, int]:
+def largest_stack(model: nn.Module, sites: tuple[Site, ...]) -> tuple[str, int]:
+    """The ``nn.ModuleList`` that holds most sites, and its length; "" where none holds two."""
     best, best_count, length = "", 1, 0
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and name:
@@ -237,7 +256,14 @@ def _largest_stack(model: nn.Module, sites: tuple[Site, ...]) -> tuple[str, int]
     return best, length
 
 
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise ModelError naming a weight or bias that holds NaN or infinity."""
+    if not torch.isfinite(tensor).all():
+        raise ModelError(f"{name} holds NaN or infinity: a damaged checkpoint, or training diverged.")
+
+
 def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first tensor is; the CPU for a model without any."""
     return next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
 
 
@@ -260,15 +286,20 @@ def _run_whole(model: nn.Module, batches: list[Batch], start: Callable[[int], No
 class _BlockDriver:
     """Runs a stack of blocks one at a time on recorded inputs."""
 
-    def __init__(self, blocks, hidden, extra_args, kwargs):
+    def __init__(self, blocks, hidden, extra_args, kwargs, sparing):
         self._blocks, self._extra, self._kwargs = blocks, extra_args, kwargs
-        mapped = _too_large(hidden)
+        mapped = _on_cpu(hidden) and (sparing or _too_large(hidden))
         self._hidden, self._exact = HiddenStates(hidden, mapped), HiddenStates(hidden, mapped)
         self.masks: list[torch.Tensor | None] = [None] * len(self._hidden)
 
     @staticmethod
-    def record(model: nn.Module, prefix: str, count: int, batches: list[Batch]) -> "_BlockDriver | None":
-        """Record what each block is called with; None unless every block feeds its hidden state to the next."""
+    def record(
+        model: nn.Module, prefix: str, count: int, batches: list[Batch], sparing: bool = False
+    ) -> "_BlockDriver | None":
+        """Record what each block is called with; None unless every block feeds its hidden state to the next.
+
+        sparing: hidden states on the CPU are kept in files however small they are.
+        """
         blocks = [model.get_submodule(f"{prefix}.{i}") for i in range(count)]
         hidden: list[torch.Tensor] = []
         extra: list[list[tuple]] = []
@@ -306,7 +337,7 @@ class _BlockDriver:
                 hidden.append(calls[0][1][0])
                 extra.append([call[1][1:] for call in calls])
                 kwargs.append([call[2] for call in calls])
-        driver = _BlockDriver(blocks, hidden, extra, kwargs)
+        driver = _BlockDriver(blocks, hidden, extra, kwargs, sparing)
         for index, (batch, h) in enumerate(zip(batches, hidden, strict=True)):
             mask = batch.get("attention_mask")
             if isinstance(mask, torch.Tensor) and mask.shape == h.shape[:-1]:

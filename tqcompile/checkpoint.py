@@ -7,7 +7,7 @@ tensor is checked against the manifest ``tqcompile.json``; nothing in a checkpoi
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from tqcompile.reporting import Report
 QUANT_METHOD = "twinquant"
 FORMAT_VERSION = 1
 MANIFEST = "tqcompile.json"
+PARTIAL = ".partial-"  # begins the names of files and folders that are not complete
 _BIAS_DTYPES = ("float32", "float16", "bfloat16", "float64")
 _SAFETENSORS_NAME = {
     torch.float32: "F32",
@@ -74,18 +75,33 @@ def save(model: nn.Module, directory: str | Path, tokenizer: Any = None) -> None
         ModelError: the model is not quantized. CheckpointError: the directory holds something else. OSError: the
         disk refuses; an existing checkpoint is then still whole.
     """
-    state = getattr(model, "tqcompile_quantization", None)
-    if state is None:
+    if getattr(model, "tqcompile_quantization", None) is None:
         raise ModelError(f"{type(model).__name__} is not quantized by tqcompile; call tqcompile.compile first.")
+    save_with(model, directory, tokenizer, lambda folder: write_model(model, folder))
+
+
+def save_with(
+    model: nn.Module,
+    directory: str | Path,
+    tokenizer: Any,
+    write: Callable[[Path], None],
+    staging: Path | None = None,
+) -> None:
+    """:func:`save`, where ``write`` puts ``config.json`` and all tensors into the folder that it is given.
+
+    staging: where that folder is until it is complete, on the same disk; beside ``directory`` by default.
+    """
     target = Path(directory).absolute()
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file())):
         raise CheckpointError(f"{target} exists and is not a tqcompile checkpoint. Choose another directory.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    new, old = staging / "new", staging / "old"
+    prefix, parent = (f".{target.name}.", target.parent) if staging is None else (PARTIAL, staging)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    new, old = folder / "new", folder / "old"
     try:
         new.mkdir()
-        _write(model, state, new)
+        write(new)
+        _write_manifest(model, new)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         if target.exists():
@@ -94,7 +110,7 @@ def save(model: nn.Module, directory: str | Path, tokenizer: Any = None) -> None
     finally:
         if old.exists() and not target.exists():
             old.rename(target)
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load(directory: str | Path, model: nn.Module | None = None, **from_pretrained: Any) -> nn.Module:
@@ -270,23 +286,28 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _write(model: nn.Module, quantization: dict[str, Any], directory: Path) -> None:
+def write_model(model: nn.Module, directory: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write ``config.json`` and ``model.safetensors``. state: of a transformers model, only these tensors."""
     if hasattr(model, "save_pretrained"):
         # Tensors by the names of the modules: some architectures have other names in files of older versions (ViT).
-        model.save_pretrained(directory, save_original_format=False)
+        part = {} if state is None else {"state_dict": state, "max_shard_size": 1 << 62}
+        model.save_pretrained(directory, save_original_format=False, **part)
     else:
         from safetensors.torch import save_model
 
         save_model(model, str(directory / "model.safetensors"))
-        settings = {"quantization_config": quantization}
+        settings = {"quantization_config": model.tqcompile_quantization}
         (directory / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def _write_manifest(model: nn.Module, directory: Path) -> None:
     tensors: dict[str, dict] = {}
     for file in sorted(directory.glob("*.safetensors")):
         tensors |= hash_tensors(file)
     manifest = {
         "format_version": FORMAT_VERSION,
         "tensors": tensors,
-        "modules": quantization["modules"],
+        "modules": model.tqcompile_quantization["modules"],
         "report": model.tqcompile_report.to_dict(),
     }
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")

@@ -68,6 +68,22 @@ def _refuse_kernels(value: Any, path: Path) -> None:
             raise CheckpointError(f"{path}: {key} {found!r} is code from the Hub, which is never run.")
 
 
+def tensor_shapes(files: list[Path]) -> dict[str, tuple[str, list[int]]]:
+    """Tensor name -> (dtype, shape), read from the headers alone. Raises CheckpointError on a damaged header."""
+    from safetensors import SafetensorError, safe_open
+
+    found = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  (not a mapping)
+                    part = opened.get_slice(name)
+                    found[name] = (part.get_dtype(), part.get_shape())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read ({error}); it is damaged or not complete.") from error
+    return found
+
+
 def hash_tensors(file: Path) -> dict[str, dict]:
     """Tensor name -> {"dtype", "shape", "sha256"} of a safetensors file, read without building tensors."""
     size = file.stat().st_size

@@ -79,8 +79,9 @@ def quantize(
     force: Annotated[bool, typer.Option(help="Start even if the memory will probably not do.")] = False,
     json: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on behind the last finished block of an interrupted run.")] = False,
+    stream: Annotated[bool, typer.Option(help="Keep one block in memory, not the model; same tensors.")] = False,
 ) -> None:
-    """Quantize a model in memory and save it with its report and tokenizer.
+    """Quantize a model and save it with its report and tokenizer.
 
     Several processes share the work when they are started by `torchrun --nproc-per-node 2 -m tqcompile quantize ...`,
     with --device cuda one process a GPU; the result is that of one process.
@@ -91,7 +92,7 @@ def quantize(
     config = Config(scheme=scheme, ignore=(*_DEFAULT.ignore, *(ignore or ())), **settings)
     from tqcompile.commands.quantize import run
 
-    run(model, calib, out, config, dtype, overwrite, force, json, resume)
+    run(model, calib, out, config, dtype, overwrite, force, json, resume, stream)
 
 
 @app.command("eval")

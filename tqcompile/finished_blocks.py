@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import nn
 
 from tqcompile import __version__, distributed
 from tqcompile.calibration import Unit, device_of
+from tqcompile.checkpoint import PARTIAL
 from tqcompile.config import Config
 from tqcompile.data import Batch
 from tqcompile.errors import CheckpointError, ConfigError
@@ -30,16 +32,23 @@ from tqcompile.quantize_unit import Job
 from tqcompile.reporting import Report
 
 RUN = "run.json"
-_PARTIAL = ".partial-"
 _RECORDS = ("layers", "blocks", "notes", "spreads")
 
 
 class FinishedBlocks:
     """The folder of one run. Raises ConfigError when it holds blocks of another one, naming what differs."""
 
-    def __init__(self, folder: str | Path, model: nn.Module, batches: list[Batch], config: Config):
+    def __init__(
+        self,
+        folder: str | Path,
+        model: nn.Module,
+        batches: list[Batch],
+        config: Config,
+        state: Mapping[str, torch.Tensor],
+    ):
+        """state: the model's ``state_dict()``, or what stands for it where the model is not in memory."""
         self._folder = Path(folder)
-        started = fingerprint(model, batches, config)
+        started = fingerprint(model, batches, config, state)
         distributed.require_same(started)
         if distributed.first():
             self._prepare(started)
@@ -55,8 +64,11 @@ class FinishedBlocks:
         folder = self._folder
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self._folder.glob(f"{_PARTIAL}*"):
-                leftover.unlink()
+            for leftover in self._folder.glob(f"{PARTIAL}*"):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink()
             if not (self._folder / RUN).is_file():
                 if any(self._folder.iterdir()):
                     raise ConfigError(
@@ -149,7 +161,7 @@ class FinishedBlocks:
             ) from error
 
     def _write(self, name: str, write: Callable[[Path], Any]) -> None:
-        partial = self._folder / f"{_PARTIAL}{name}"
+        partial = self._folder / f"{PARTIAL}{name}"
         try:
             write(partial)
             _flush(partial)
@@ -180,7 +192,9 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def fingerprint(model: nn.Module, batches: list[Batch], config: Config) -> dict[str, Any]:
+def fingerprint(
+    model: nn.Module, batches: list[Batch], config: Config, state: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
     """What decides every byte of the result: settings, data, weights, versions, and what sums in which order."""
     import transformers
 
@@ -189,7 +203,7 @@ def fingerprint(model: nn.Module, batches: list[Batch], config: Config) -> dict[
     return {
         "settings": json.loads(json.dumps(config.to_dict())),
         "calibration data": [_digest(batch) for batch in batches],
-        "model": _digest(model.state_dict()),
+        "model": _digest(state),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "number of threads": torch.get_num_threads(),
         **{f"version of {name}": version for name, version in versions.items()},
@@ -197,11 +211,11 @@ def fingerprint(model: nn.Module, batches: list[Batch], config: Config) -> dict[
     }
 
 
-def _digest(values: dict[str, Any]) -> str:
-    """sha256 of named tensors and other values, in the order of their names."""
+def _digest(values: Mapping[str, Any]) -> str:
+    """sha256 of named tensors and other values, in the order of their names; one is looked up at a time."""
     digest = hashlib.sha256()
-    for name, value in sorted(values.items()):
-        _update(digest, name, value)
+    for name in sorted(values):
+        _update(digest, name, values[name])
     return digest.hexdigest()
 
 

@@ -77,21 +77,32 @@ def load_model(directory: Path, dtype: str = "auto", device: str = "cpu"):
     Raises:
         ModelError, CheckpointError: what is missing or damaged. ConfigError: ``dtype`` or ``device`` is unknown.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_dtype(dtype)
     check_device(device)
     settings = read_settings(directory)
     weight_files(directory)
     if is_quantized(settings):
         return checkpoint.load(directory, dtype=dtype).to(device).eval()
+    model = architecture(settings).from_pretrained(directory, dtype=dtype, local_files_only=True)
+    return model.to(device).eval()
+
+
+def architecture(settings: dict[str, Any]) -> type:
+    """The model class that settings name. Raises ModelError when transformers has none of that name."""
     import transformers
 
     name = settings["architectures"][0]
-    architecture = getattr(transformers, name, None)
-    if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         own = "; the code in the directory (auto_map) is never run" if "auto_map" in settings else ""
         raise ModelError(f"transformers {transformers.__version__} has no model class {name!r}{own}.")
-    return architecture.from_pretrained(directory, dtype=dtype, local_files_only=True).to(device).eval()
+    return found
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ConfigError unless ``dtype`` is one of DTYPES."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
 
 
 def check_device(device: str) -> None:

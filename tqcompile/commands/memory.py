@@ -1,4 +1,4 @@
-"""What quantizing a model in memory takes, estimated from the headers of its files before any weight is read."""
+"""What quantizing a model takes, estimated from the headers of its files before any weight is read."""
 
 import collections
 import dataclasses
@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tqcompile.checkpoint_files import tensor_shapes
 from tqcompile.config import Config, Scheme
-from tqcompile.errors import CheckpointError, ModelError
+from tqcompile.errors import ModelError
 from tqcompile.methods.recipe import recipe_of
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -16,6 +17,7 @@ _BASE = 700_000_000  # Python, torch and transformers, before any model
 _WORKING_COPIES = 10  # float32 copies of the largest site while it is learned: weights, rounded, gradients
 _TUNING_COPIES = 10  # the same of a whole block while it is tuned: codes, gradients, Adam's moments
 _STATES = 6  # sets of hidden states: quantized and exact, each with its successor; targets; one block's intermediates
+_STREAMED_STATES = 2  # of those when streaming: the others are in files
 _ROWS = 4 * 5120  # rows of inputs that four sites keep, see methods/statistics.py
 
 
@@ -41,30 +43,21 @@ class Estimate:
         return f"{self.total / 1e9:.2f} GB ({each}{listed}, Python and torch {_BASE / 1e9:.2f})"
 
 
-def tensor_shapes(files: list[Path]) -> dict[str, tuple[str, list[int]]]:
-    """Tensor name -> (dtype, shape), read from the headers alone. Raises CheckpointError on a damaged header."""
-    from safetensors import SafetensorError, safe_open
-
-    found = {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  (not a mapping)
-                    part = opened.get_slice(name)
-                    found[name] = (part.get_dtype(), part.get_shape())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} cannot be read ({error}); it is damaged or not complete.") from error
-    return found
-
-
 def estimate(
-    directory: Path, files: list[Path], settings: dict[str, Any], config: Config, dtype: str, processes: int = 1
+    directory: Path,
+    files: list[Path],
+    settings: dict[str, Any],
+    config: Config,
+    dtype: str,
+    stream: bool = False,
+    processes: int = 1,
 ) -> Estimate:
-    """The peak of a run of ``tqcompile quantize``, deliberately not too low; processes: of this machine."""
+    """The peak of a run of ``tqcompile quantize``, deliberately not too low. stream: one block in memory at a time;
+    processes: of this machine."""
     shapes = tensor_shapes(files)
     stored = {"float32": 4, "bfloat16": 2, "float16": 2}.get(dtype)
     sizes = {name: math.prod(shape) for name, (_, shape) in shapes.items()}
-    model = sum(size * (stored or _BYTES.get(shapes[name][0], 8)) for name, size in sizes.items())
+    taken = {name: size * (stored or _BYTES.get(shapes[name][0], 8)) for name, size in sizes.items()}
     inner = [
         name for name, (_, shape) in shapes.items() if len(shape) == 2 and any(p.isdigit() for p in name.split("."))
     ]
@@ -72,7 +65,12 @@ def estimate(
         raise ModelError(f"{directory} holds no weights of numbered layers, so there is nothing to quantize.")
     schemes = [Scheme.parse(variant.scheme) for variant in config.variants()]
     bits = max(scheme.weight_bits for scheme in schemes)
-    copy = int(sum(sizes[name] for name in inner) * (bits + 16 / config.group_size) / 8 * 1.15)
+    model, packed = sum(taken.values()), sum(sizes[name] for name in inner)
+    if stream:
+        blocks = _block_sizes([name for name in taken if any(p.isdigit() for p in name.split("."))], taken)
+        model += max(blocks.values()) - sum(blocks.values())
+        packed = max(_block_sizes(inner, sizes).values())
+    copy = int(packed * (bits + 16 / config.group_size) / 8 * 1.15)
     widest = max(max(shapes[name][1]) for name in inner)
     # Gate and up, the largest site, are two matrices; second moments and their factors are widest^2 each.
     work = 4 * (2 * _WORKING_COPIES * max(sizes[name] for name in inner) + 5 * widest**2 + _ROWS * widest)
@@ -81,11 +79,12 @@ def estimate(
     text = settings.get("text_config") or settings
     hidden = next((text[key] for key in ("hidden_size", "n_embd", "d_model") if isinstance(text.get(key), int)), widest)
     element = stored or _BYTES.get(shapes[inner[0]][0], 4)
-    return Estimate(model, copy, work, _STATES * config.samples * config.seq_len * hidden * element, processes)
+    states = _STREAMED_STATES if stream else _STATES
+    return Estimate(model, copy, work, states * config.samples * config.seq_len * hidden * element, processes)
 
 
 def _block_sizes(names: list[str], sizes: dict[str, int]) -> dict[str, int]:
-    """Weights of every block: what shares a name up to its first number."""
+    """The sum of ``sizes`` in every block: what shares a name up to its first number."""
     found: dict[str, int] = collections.Counter()
     for name in names:
         parts = name.split(".")
@@ -112,13 +111,16 @@ def available() -> int | None:
     return min(found, default=None)
 
 
-def require(needed: Estimate) -> None:
+def require(needed: Estimate, stream: bool = False) -> None:
     """Raise ModelError when the estimate is more than there is."""
     free = available()
     if free is not None and needed.total > free:
+        what, other = "quantizing this model in memory takes about", "--stream, "
+        if stream:
+            what, other = "quantizing this model block by block takes about", ""
         raise ModelError(
-            f"quantizing this model in memory takes about {needed}, and {free / 1e9:.2f} GB are free. Use fewer or "
-            "shorter samples (--samples, --seq-len), --dtype bfloat16, or a larger machine; --force tries anyway."
+            f"{what} {needed}, and {free / 1e9:.2f} GB are free. Use {other}fewer or shorter samples (--samples, "
+            "--seq-len), --dtype bfloat16, or a larger machine; --force tries anyway."
         )
 
 
