@@ -170,6 +170,12 @@ def _least(options: list[list[Option]], budget: float, weights: int) -> list[flo
     return least
 
 
+def same_method(scheme: Scheme) -> list[Scheme]:
+    """The schemes of the same method and activations, which differ in weight bits."""
+    every = (dataclasses.replace(scheme, weight_bits=bits) for bits in WEIGHT_BITS)
+    return [found for found in every if found.name in SCHEMES]
+
+
 def _free(config: Config, site: Site) -> bool:
     return config.override_of(site.linears[0]) is None
 
@@ -193,10 +199,8 @@ def _options(model: nn.Module, plan: Plan, batches: list[Batch], job: Job) -> di
 
 
 def _menu(own: Setting, linears: list[nn.Linear]) -> list[Setting]:
-    """The settings of the same method and activations."""
-    scheme, k = Scheme.parse(own.scheme), linears[0].in_features
-    every = (dataclasses.replace(scheme, weight_bits=bits).name for bits in WEIGHT_BITS)
-    schemes = [name for name in every if name in SCHEMES]
+    """The settings that linears reading one input may get instead of ``own``."""
+    k, schemes = linears[0].in_features, [scheme.name for scheme in same_method(Scheme.parse(own.scheme))]
     smallest = min(min(linear.out_features, k) for linear in linears)
     ranks = sorted({own.rank, *(rank for rank in RANKS if rank < smallest)}) if own.rank else [0]
     around = (own.group_size // 2, 2 * own.group_size)
@@ -284,7 +288,7 @@ def _measure(
             for site in unit.sites:
                 own = uniform[site]
                 layers[site] = {"": {name: model.get_submodule(name) for name in site.linears}}
-                for scheme in {option.setting.scheme for option in options[site]}:
+                for scheme in sorted({option.setting.scheme for option in options[site]}):
                     setting = dataclasses.replace(own, scheme=scheme)
                     layers[site][scheme], error = _quantized(job, unit, site, statistics_of, setting)
                     if setting == own and site in examples.values():

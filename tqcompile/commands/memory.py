@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tqcompile.allocation import same_method
 from tqcompile.config import Config, Scheme
 from tqcompile.errors import CheckpointError, ModelError
 from tqcompile.methods.recipe import recipe_of
@@ -67,6 +68,8 @@ def estimate(directory: Path, files: list[Path], settings: dict[str, Any], confi
         raise ModelError(f"{directory} holds no weights of numbered layers, so there is nothing to quantize.")
     schemes = [Scheme.parse(variant.scheme) for variant in config.variants()]
     bits = max(scheme.weight_bits for scheme in schemes)
+    if config.bits_budget is not None:  # every layer is kept at each number of bits while they are compared
+        bits = sum(scheme.weight_bits for scheme in same_method(Scheme.parse(config.scheme)))
     copy = int(sum(sizes[name] for name in inner) * (bits + 16 / config.group_size) / 8 * 1.15)
     widest = max(max(shapes[name][1]) for name in inner)
     # Gate and up, the largest site, are two matrices; second moments and their factors are widest^2 each.
