@@ -5,15 +5,17 @@ import itertools
 import pytest
 import torch
 from tiny_models import SETTINGS, assert_unchanged, logits, snapshot, tiny, tokens
+from torch import nn
 
 import tqcompile
-from tqcompile.allocation import Option, _energy_left, spend
+from tqcompile import allocation
+from tqcompile.allocation import Option, Setting, spend
 from tqcompile.config import Config
 from tqcompile.errors import ConfigError
-from tqcompile.methods.components import LinearSpec, QuantizedLinear
 from tqcompile.reporting import Report
 
 CLOSED = SETTINGS | {"steps": 0, "rank": 16}
+ANY = Setting("s", 0, 64)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -21,7 +23,7 @@ def test_the_choice_is_that_of_trying_every_combination(seed):
     generator = torch.Generator().manual_seed(seed)
     sizes = (torch.rand(6, 4, generator=generator) * 100 + 10).tolist()
     losses = torch.rand(6, 4, generator=generator).tolist()
-    options = [[Option("s", 0, b, e) for b, e in zip(*site, strict=True)] for site in zip(sizes, losses, strict=True)]
+    options = [[Option(ANY, b, e) for b, e in zip(*site, strict=True)] for site in zip(sizes, losses, strict=True)]
     least, most = sum(map(min, sizes)), sum(map(max, sizes))
     for share in (0.0, 0.05, 0.3, 0.7, 1.0):
         budget = least + share * (most - least)
@@ -38,42 +40,35 @@ def test_the_choice_is_that_of_trying_every_combination(seed):
 
 
 def test_a_budget_below_the_cheapest_names_the_range():
-    options = [[Option("s", 0, 200.0, 1.0), Option("s", 0, 400.0, 0.1)]] * 2
+    options = [[Option(ANY, 200.0, 1.0), Option(ANY, 400.0, 0.1)]] * 2
     with pytest.raises(ConfigError, match=r"bits_budget 1.9 is out of reach: .* from 2.0000 .* to 4.0000 bits"):
         spend(options, 380.0, 200)
     assert spend(options, 400.0, 200) == [0, 0]
     assert spend(options, 1e9, 200) == [1, 1]
 
 
-def test_the_energy_left_is_that_of_the_singular_values_of_the_scaled_weight():
-    generator = torch.Generator().manual_seed(3)
-    weight = torch.randn(160, 192, generator=generator) @ torch.diag(torch.rand(192, generator=generator) + 0.1)
-    inverse = torch.rand(192, generator=generator) + 0.5
-    spec = LinearSpec(160, 192, 16, 64, 8, scaled=True)
-    left = _energy_left(weight, QuantizedLinear(spec, {"transform.input_scale": inverse}), 0, [8, 16, 64])
-    values = torch.linalg.svdvals(weight.double() / inverse.double())
-    for rank, found in left.items():
-        assert found == pytest.approx(float(values[rank:].square().sum() / values.square().sum()), rel=2e-3)
-
-
 @pytest.fixture(scope="module")
 def chosen():
-    return tqcompile.compile(tiny("Qwen3"), tokens(), scheme="twin-w4a16", bits_budget=4.6, **CLOSED)
+    return tqcompile.compile(tiny("Qwen3"), tokens(), scheme="gptq-w3a16", bits_budget=3.4, **CLOSED)
 
 
 def test_the_budget_is_kept_and_the_report_says_what_and_why(chosen, tmp_path):
     report = tqcompile.report(chosen)
-    assert 4.2 < report.bits_per_weight <= 4.6
+    assert 3.1 < report.bits_per_weight <= 3.4
     assert len(report.choices) == 8
     layers = {layer.name: layer for layer in report.layers}
     for choice in report.choices:
         layer = layers[choice.name.split(" ")[0]]
         assert (layer.scheme, layer.rank) == (choice.scheme, choice.rank)
-        assert list(choice.measured) == ["twin-w2a16", "twin-w3a16", "twin-w4a16"]
-        two, three, four = choice.measured.values()
-        assert two > three > four > 0
-    assert len({(choice.scheme, choice.rank) for choice in report.choices}) > 1
-    assert report.config["bits_budget"] == 4.6
+        assert chosen.get_submodule(layer.name).spec.group_size == choice.group_size
+        assert layer.bits == pytest.approx(choice.bits)
+        assert list(choice.measured) == ["gptq-w2a16", "gptq-w3a16", "gptq-w4a16"]
+    two, three, four = (sum(c.measured[f"gptq-w{bits}a16"] for c in report.choices) for bits in (2, 3, 4))
+    assert two > three > four > 0
+    assert len({(choice.scheme, choice.group_size) for choice in report.choices}) > 1
+    assert report.config["bits_budget"] == 3.4
+    (note,) = [note for note in report.notes if note.startswith("bits_budget")]
+    assert "with gptq-w3a16 in groups of 64 everywhere" in note
     tqcompile.save(chosen, tmp_path / "out")
     again = tqcompile.load(tmp_path / "out")
     assert torch.equal(logits(again), logits(chosen))
@@ -82,13 +77,66 @@ def test_the_budget_is_kept_and_the_report_says_what_and_why(chosen, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_choice_and_an_override_keeps_its_settings(chosen):
-    again = tqcompile.compile(tiny("Qwen3"), tokens(), scheme="twin-w4a16", bits_budget=4.6, **CLOSED)
+    again = tqcompile.compile(tiny("Qwen3"), tokens(), scheme="gptq-w3a16", bits_budget=3.4, **CLOSED)
     assert tqcompile.report(again).choices == tqcompile.report(chosen).choices
     fixed = {"o_proj": {"scheme": "twin-w3a16", "rank": 10}}
-    other = tqcompile.compile(tiny("Qwen3"), tokens(), scheme="twin-w4a16", bits_budget=4.6, overrides=fixed, **CLOSED)
+    other = tqcompile.compile(tiny("Qwen3"), tokens(), scheme="gptq-w3a16", bits_budget=3.6, overrides=fixed, **CLOSED)
     layers = [layer for layer in tqcompile.report(other).layers if layer.name.endswith("o_proj")]
     assert {(layer.scheme, layer.rank) for layer in layers} == {("twin-w3a16", 10)}
-    assert tqcompile.report(other).bits_per_weight <= 4.6
+    assert tqcompile.report(other).bits_per_weight <= 3.6
+
+
+class Sum(nn.Module):
+    """Linears that read a part of x each; ``loud`` is much of the output. One name is a part of another on purpose."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(11)
+        self.loud, self.quiet = nn.Linear(128, 96), nn.ModuleDict({"loud": nn.Linear(128, 96)})
+        self.other = nn.Linear(128, 96)
+
+    def forward(self, x):
+        a, b, c = x.split(128, -1)
+        return 6 * self.loud(a) + self.quiet["loud"](b) + self.other(c)
+
+
+def test_a_layer_that_matters_more_gets_more_and_the_output_is_closer_than_with_uniform_bits():
+    generator = torch.Generator().manual_seed(5)
+    data = [{"x": torch.randn(32, 384, generator=generator)} for _ in range(16)]
+    x = torch.randn(500, 384, generator=generator)
+    exact, errors = Sum()(x).detach(), []
+    for settings in ({}, {"bits_budget": 3.375}):
+        model = tqcompile.compile(Sum(), data, scheme="gptq-w3a16", **(CLOSED | settings))
+        report = tqcompile.report(model)
+        assert report.bits_per_weight <= 3.375
+        errors.append(float((model(x) - exact).norm() / exact.norm()))
+    assert errors[1] < 0.75 * errors[0]
+    bits = {choice.name: int(choice.scheme.split("-w")[1][0]) for choice in report.choices}
+    assert bits["loud"] == 4 > max(bits["quiet.loud"], bits["other"])
+    # The linear whose name is a part of another's has settings of its own.
+    assert {layer.name: layer.scheme for layer in report.layers} == {c.name: c.scheme for c in report.choices}
+
+
+def test_uniform_bits_are_kept_where_the_choice_is_worse(monkeypatch):
+    monkeypatch.setattr(allocation, "spend", lambda options, *_: [0] * len(options))  # 2 bits everywhere
+    data = [{"x": torch.randn(32, 384, generator=torch.Generator().manual_seed(i))} for i in range(8)]
+    model = tqcompile.compile(Sum(), data, scheme="gptq-w3a16", bits_budget=3.4, **CLOSED)
+    report = tqcompile.report(model)
+    assert {(c.scheme, c.group_size) for c in report.choices} == {("gptq-w3a16", 64)}
+    (note,) = [note for note in report.notes if note.startswith("bits_budget")]
+    assert note.endswith("with gptq-w3a16 in groups of 64 everywhere: that is kept")
+
+
+def test_a_budget_out_of_reach_is_refused_before_anything_is_measured(monkeypatch):
+    def measured(*_):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(allocation, "_Probe", measured)
+    monkeypatch.setattr(allocation, "collect_statistics", measured)
+    with pytest.raises(ConfigError, match="out of reach"):
+        tqcompile.compile(tiny("Llama"), tokens(), scheme="gptq-w3a16", bits_budget=2.1, **CLOSED)
+    with pytest.raises(AssertionError, match="measured"):
+        tqcompile.compile(tiny("Llama"), tokens(), scheme="gptq-w3a16", bits_budget=2.9, **CLOSED)
 
 
 def test_a_learned_rotation_that_is_stored_is_within_the_budget():
@@ -102,6 +150,14 @@ def test_a_learned_rotation_that_is_stored_is_within_the_budget():
     for layer in report.layers:
         if layer.name.endswith(("o_proj", "down_proj")):
             assert layer.bits <= planned[layer.name] + 1e-9
+
+
+def test_a_method_without_a_choice_is_refused():
+    model, data = nn.Sequential(nn.Linear(96, 64)), [{"input": torch.randn(8, 96)} for _ in range(4)]
+    for group_size in (32, 96):
+        settings = CLOSED | {"scheme": "gptq-w4a8", "group_size": group_size, "bits_budget": 5.0}
+        with pytest.raises(ConfigError, match="there is nothing to choose; use twin, 16-bit activations, or a group"):
+            tqcompile.compile(model, data, **settings)
 
 
 def test_more_bits_are_no_worse():
@@ -124,7 +180,6 @@ def test_an_encoder_is_measured_too():
     ("data", "settings", "message"),
     [
         (None, {"bits_budget": 4.5}, "bits_budget needs calibration data"),
-        (tokens(), {"bits_budget": 4.5, "scheme": "gptq-w4a8"}, "there is nothing to choose"),
         (tokens(), {"bits_budget": 1.5}, "bits_budget 1.5 is out of reach"),
         (tokens(), {"bits_budget": -1.0}, "must be a positive number of bits"),
         (tokens(), {"bits_budget": True}, "must be a positive number of bits"),

@@ -288,6 +288,9 @@ def test_the_estimate_by_hand(tmp_path):
     without = memory.estimate(tmp_path, files.weight_files(tmp_path), settings, config.replace(tune=0), "float32")
     assert found.work - without.work == 4 * 10 * block
     assert found.data == 6 * 3 * 5 * 128 * 4
+    budget = config.replace(scheme="gptq-w3a16", bits_budget=3.0)
+    compared = memory.estimate(tmp_path, files.weight_files(tmp_path), settings, budget, "float32")
+    assert compared.copy == int(inner * (2 + 3 + 4 + 16 / 64) / 8 * 1.15)
     stored = memory.estimate(tmp_path, files.weight_files(tmp_path), settings, config, "auto")
     assert (stored.model, stored.data) == (2 * parameters, found.data // 2)
     (tmp_path / "model.safetensors").write_bytes(b"\x10" * 40)

@@ -122,7 +122,7 @@ def test_layers_are_ranked_by_squared_error_per_bit():
 def test_what_a_checkpoint_says_is_text(tmp_path):
     layer = LayerRecord(EVIL, (2, 2), EVIL, 2, 0.1, 4.0, EVIL, 1.0)
     report = Report({"scheme": EVIL, EVIL: 1}, [layer], {EVIL: EVIL}, [EVIL], [BlockRecord(EVIL, 1.0, 0.5, True, 1.0)])
-    report.choices.append(Choice(EVIL, EVIL, 8, 4.0, 0.1, {EVIL: 0.1}))
+    report.choices.append(Choice(EVIL, EVIL, 8, 64, 4.0, 0.1, {EVIL: 0.1}))
     report.spreads.append(Spread(EVIL, [1, 2], [3, 4], 1.0, 1.0))
     speed = dict.fromkeys(SPEED_FIELDS, EVIL) | {"prefill_tokens_per_second": 1.0, "decode_tokens_per_second": 2.0}
     source = html_report.page(report, tmp_path, speeds=[speed])

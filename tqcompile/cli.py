@@ -59,7 +59,7 @@ def quantize(
         typer.Option(help="For some layers: 'PATTERN keep' or 'PATTERN scheme=... rank=...'; repeatable."),
     ] = None,
     bits_budget: Annotated[
-        float | None, typer.Option(help="Average bits per weight: bits and rank are chosen layer by layer.")
+        float | None, typer.Option(help="Average bits per weight: bits, rank and group size are chosen layer by layer.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Learning steps per site.")] = _DEFAULT.steps,
     tune: Annotated[int, typer.Option(help="Steps of block tuning.")] = _DEFAULT.tune,

@@ -55,9 +55,10 @@ class Config:
         expression that must match the whole name. A pattern that matches nothing is an error.
     overrides: other settings for some layers: pattern (as in ``ignore``) -> some of OVERRIDABLE, or "keep" to leave the
         layer alone; the first pattern that matches a layer counts. Kept as (pattern, settings) pairs in that order.
-    bits_budget: at most this many bits per weight on average, stored as the report counts them; weight bits and rank of
-        each site are then chosen from its measured effect on the model's output. The output head is not counted. None:
-        ``scheme`` and ``rank`` hold.
+    bits_budget: at most this many bits per weight on average, stored as the report counts them; weight bits, rank and
+        group size (half, once or twice ``group_size``, in multiples of 64) of each site are then chosen from its
+        measured effect on the model's output. The output head is not counted. None: ``scheme``, ``rank`` and
+        ``group_size`` hold.
     steps: learning steps per site (twin and spinquant). 0 takes the closed-form transforms.
     tune: steps of block tuning after a block is quantized (twin; four times as many in d2 and unisvq). 0 leaves it out.
     samples: at most this many calibration sequences are used. seq_len: length of the windows that texts are cut to.

@@ -53,12 +53,13 @@ class BlockRecord:
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """What ``bits_budget`` gave a site, and why. bits: per weight, at most. loss: estimated divergence of the model's
-    output with this site alone quantized. measured: scheme -> that divergence, measured in closed form at the rank of
-    the settings."""
+    output that this site adds. measured: scheme -> that divergence, measured in closed form in a uniformly quantized
+    model, at its rank and group size."""
 
     name: str
     scheme: str
     rank: int
+    group_size: int
     bits: float
     loss: float
     measured: dict[str, float]
@@ -184,7 +185,9 @@ class Report:
             console.print(f"tuned {block.name}: {change}, {verdict}", markup=False, highlight=False)
         for choice in self.choices:
             measured = ", ".join(f"{scheme} {loss:.2g}" for scheme, loss in choice.measured.items())
-            what = f"{choice.scheme} rank {choice.rank}, {choice.bits:.2f} bits, divergence {choice.loss:.2g}"
+            rank = f" rank {choice.rank}" if choice.rank else ""
+            what = f"{choice.scheme}{rank} in groups of {choice.group_size}, {choice.bits:.2f} bits, divergence "
+            what += f"{choice.loss:.2g}"
             console.print(f"chose {choice.name}: {what} (measured: {measured})", markup=False, highlight=False)
         for note in self.notes:
             console.print(f"note: {note}", markup=False, highlight=False)
@@ -194,8 +197,8 @@ class Report:
 
 def _checked_choice(choice: Choice) -> Choice:
     numbers = all(isinstance(k, str) and isinstance(v, int | float) for k, v in choice.measured.items())
-    fields = (choice.name, choice.scheme, choice.rank, choice.bits, choice.loss)
-    kinds = (str, str, int, int | float, int | float)
+    fields = (choice.name, choice.scheme, choice.rank, choice.group_size, choice.bits, choice.loss)
+    kinds = (str, str, int, int, int | float, int | float)
     if not numbers or not all(isinstance(*pair) for pair in zip(fields, kinds, strict=True)):
         raise TypeError(f"choice of {choice.name!r} is {choice!r}")
     return choice

@@ -251,21 +251,22 @@ def _choices(report: Report) -> Iterator[str]:
     if report.choices:
         yield "<h2>What the budget was spent on</h2>"
         yield (
-            '<p class="note">divergence: estimated, of the model\'s output with this site alone quantized so. '
-            "measured: the same at each number of weight bits, in closed form at the rank of the settings.</p>"
+            '<p class="note">divergence: estimated, of the model\'s output, that this site adds. measured: the same at '
+            "each number of weight bits, in closed form in a uniformly quantized model, at its rank and group size.</p>"
         )
         rows = (
             (
                 c.name,
                 c.scheme,
                 c.rank,
+                c.group_size,
                 _number(c.bits, 2),
                 f"{c.loss:.2g}",
                 ", ".join(f"{scheme} {loss:.2g}" for scheme, loss in c.measured.items()),
             )
             for c in report.choices
         )
-        yield _table(("site", "scheme", "rank", "bits, at most", "divergence", "measured"), rows, text=(5,))
+        yield _table(("site", "scheme", "rank", "group", "bits, at most", "divergence", "measured"), rows, text=(6,))
 
 
 def _speed(speeds: Sequence[dict]) -> Iterator[str]:

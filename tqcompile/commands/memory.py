@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tqcompile.allocation import same_method
 from tqcompile.checkpoint_files import tensor_shapes
 from tqcompile.config import Config, Scheme
 from tqcompile.errors import ModelError
@@ -65,6 +66,8 @@ def estimate(
         raise ModelError(f"{directory} holds no weights of numbered layers, so there is nothing to quantize.")
     schemes = [Scheme.parse(variant.scheme) for variant in config.variants()]
     bits = max(scheme.weight_bits for scheme in schemes)
+    if config.bits_budget is not None:  # every layer is kept at each number of bits while they are compared
+        bits = sum(scheme.weight_bits for scheme in same_method(Scheme.parse(config.scheme)))
     model, packed = sum(taken.values()), sum(sizes[name] for name in inner)
     if stream:
         blocks = _block_sizes([name for name in taken if any(p.isdigit() for p in name.split("."))], taken)
