@@ -131,7 +131,7 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_measured(monkeypatc
     def measured(*_):
         raise AssertionError("measured")
 
-    monkeypatch.setattr(allocation, "_Probe", measured)
+    monkeypatch.setattr(allocation, "Divergence", measured)
     monkeypatch.setattr(allocation, "collect_statistics", measured)
     with pytest.raises(ConfigError, match="out of reach"):
         tqcompile.compile(tiny("Llama"), tokens(), scheme="gptq-w3a16", bits_budget=2.1, **CLOSED)

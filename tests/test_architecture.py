@@ -26,6 +26,7 @@ LAYERS = (
         "output_head",
         "block_tuning",
         "streaming",
+        "divergence",
     ),
     ("quantize_unit", "allocation"),
     ("finished_blocks",),

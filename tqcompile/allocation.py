@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
-from tqcompile.calibration import Unit, collect_statistics, device_of, held_out_batches, model_kwargs, split_into_units
+from tqcompile.calibration import Unit, collect_statistics, device_of, split_into_units
 from tqcompile.config import SCHEMES, Config, Scheme
 from tqcompile.data import Batch
+from tqcompile.divergence import Divergence, rows_of
 from tqcompile.errors import ConfigError
 from tqcompile.methods.components import LinearSpec
 from tqcompile.methods.hadamard import rotation_block
@@ -41,10 +41,6 @@ RANKS = (8, 16, 32, 64, 128)
 WEIGHT_BITS = (2, 3, 4)
 # Groups are half, once and twice those of the settings, as far as kernels take them: multiples of this.
 GROUP_STEP = 64
-# Outputs are compared on held-out sequences of about this many positions in all ...
-POSITIONS = 4096
-# ... and at so many of them that no more values than this are kept: logits of a large vocabulary are large.
-KEPT = 1 << 26
 # The budget is spent in so many steps; every cost is rounded up to one.
 STEPS = 20_000
 
@@ -102,7 +98,7 @@ def allocate(
     weights = sum(sizes.values())
     budget = config.bits_budget * weights
     uniform = _uniform(options, config, budget, weights)
-    probe = _Probe(model, batches)
+    probe = Divergence(model, batches)
     with Progress(progress, f"bits_budget {config.bits_budget:g}", 3 * len(plan.sites)) as bar:
         scratch = dataclasses.replace(job, bar=Progress(False, "", 0), absorb=False)
         effects, divergence = _measure(scratch, probe, plan, batches, options, uniform, bar)
@@ -187,7 +183,7 @@ def _setting(config: Config) -> Setting:
 
 def _options(model: nn.Module, plan: Plan, batches: list[Batch], job: Job) -> dict[Site, list[Option]]:
     """What every site may get, in the plan's order, and its size; no losses yet."""
-    units = split_into_units(model, plan.sites, [next(_rows(batches[0], 1))])
+    units = split_into_units(model, plan.sites, [next(rows_of(batches[0], 1))])
     unit_of = {site: unit for unit in units for site in unit.sites}
     options = {}
     for site in plan.sites:
@@ -273,7 +269,7 @@ class _Effect:
 
 def _measure(
     job: Job,
-    probe: "_Probe",
+    probe: Divergence,
     plan: Plan,
     batches: list[Batch],
     options: dict[Site, list[Option]],
@@ -295,12 +291,12 @@ def _measure(
                         errors[site] = _errors(job, unit, site, statistics_of, options[site], own, error)
                 _put(journal, layers[site].pop(own.scheme))
                 bar.advance(site.name)
-        divergence, effects = probe.divergence(), {}
+        divergence, effects = probe.now(), {}
         for site, others in layers.items():
             found = {uniform[site].scheme: divergence}
             for scheme, changed in others.items():
                 with _changed(model, changed):
-                    found[scheme] = probe.divergence()
+                    found[scheme] = probe.now()
             without = found.pop("")
             # Nothing costs less than nothing, whatever chance says.
             bits = {scheme: max(found[scheme] - without, 0.0) for scheme in sorted(found)}
@@ -321,7 +317,7 @@ def _examples(model: nn.Module, options: dict[Site, list[Option]], uniform: dict
 
 
 def _check(
-    job: Job, probe: "_Probe", plan: Plan, batches: list[Batch], settings: dict[Site, Setting], bar: Progress
+    job: Job, probe: Divergence, plan: Plan, batches: list[Batch], settings: dict[Site, Setting], bar: Progress
 ) -> float:
     """The divergence of the model quantized with these settings."""
     journal = Journal(job.model)
@@ -330,7 +326,7 @@ def _check(
             for site in unit.sites:
                 _put(journal, _quantized(job, unit, site, statistics_of, settings[site])[0])
                 bar.advance(site.name)
-        return probe.divergence()
+        return probe.now()
     finally:
         journal.restore()
 
@@ -395,60 +391,3 @@ def _changed(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[None]:
         yield
     finally:
         journal.restore()
-
-
-class _Probe:
-    """How far a model's output is from what it was: mean KL divergence of its logits over positions, or the relative
-    squared error of an output that is no logits."""
-
-    def __init__(self, model: nn.Module, batches: list[Batch]):
-        self._model, self._kept = model, KEPT
-        held_out = batches[-max(1, held_out_batches(len(batches))) :]
-        positions, values = self._output(next(_rows(held_out[0], 1)))[0].shape
-        rows = max(1, min(KEPT // values, POSITIONS) // positions)
-        parts = [part for batch in held_out for part in _rows(batch, rows)]
-        self._inputs = parts[: -(-POSITIONS // (rows * positions))]
-        self._kept = KEPT // len(self._inputs)
-        self._exact = [self._output(sequence) for sequence in self._inputs]
-
-    def divergence(self) -> float:
-        parts = [self._compare(exact, self._output(s)) for exact, s in zip(self._exact, self._inputs, strict=True)]
-        return float(torch.cat(parts).mean())
-
-    def _output(self, batch: Batch) -> tuple[torch.Tensor, bool]:
-        """(rows, C) float32 of the positions that are no padding, and whether they are log probabilities."""
-        with torch.no_grad():
-            out: Any = self._model(**model_kwargs(self._model, batch))
-        logits = getattr(out, "logits", None)
-        values = logits if logits is not None else _first_tensor(out)
-        rows, mask = values.float(), batch.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and mask.shape == rows.shape[:-1]:
-            rows = rows[mask.to(rows.device).bool()]
-        rows = rows.reshape(-1, rows.shape[-1])
-        count = max(1, min(len(rows), self._kept // rows.shape[-1]))
-        rows = rows[torch.linspace(0, len(rows) - 1, count, device=rows.device).long()]
-        return (rows.log_softmax(-1), True) if logits is not None else (rows, False)
-
-    @staticmethod
-    def _compare(exact: tuple[torch.Tensor, bool], found: tuple[torch.Tensor, bool]) -> torch.Tensor:
-        (p, is_log), (q, _) = exact, found
-        if is_log:
-            return (p.exp() * (p - q)).sum(-1)
-        return (q - p).square().sum(-1) / p.square().sum(-1).mean().clamp_min(1e-30)
-
-
-def _rows(batch: Batch, count: int) -> Iterator[Batch]:
-    """A batch ``count`` rows at a time, which keeps the logits of no more in memory."""
-    size = next(len(v) for v in batch.values() if isinstance(v, torch.Tensor) and v.dim())
-    for i in range(0, size, count):
-        yield {
-            n: v[i : i + count] if isinstance(v, torch.Tensor) and v.dim() and len(v) == size else v
-            for n, v in batch.items()
-        }
-
-
-def _first_tensor(out: Any) -> torch.Tensor:
-    if isinstance(out, torch.Tensor):
-        return out
-    values = out.values() if isinstance(out, dict) else out
-    return next(value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point())
