@@ -20,7 +20,7 @@ def measured():
     assert calibration.shape == (CALIBRATION, demo.WINDOW)
     found = {"fp32": perplexity(demo.load_model(), held_out)}
     for scheme in SCHEMES:
-        settings = {"scheme": scheme, "steps": 30, "tune": 10, "backend": None, "progress": False}
+        settings = {"scheme": scheme, "steps": 20, "tune": 6, "backend": None, "progress": False}
         model = tqcompile.compile(demo.load_model(), calibration, **settings)
         bits = tqcompile.report(model).bits_per_weight
         # The accuracy is not bought with bits: SVDQuant's 16-bit factors take most. One bit of twin's is for the

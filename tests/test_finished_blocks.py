@@ -135,7 +135,7 @@ def test_a_full_disk_leaves_what_was_finished(monkeypatch, tmp_path):
 
 
 def test_killed_at_any_moment_the_command_goes_on(tmp_path):
-    """kill -9 at the start, and some time behind the second and the third start's first new block; then to the end."""
+    """kill -9 at the start, and some time behind the second start's first new block; then to the end."""
     options = ["--calib", "stdlib", "--samples", "8", "--seq-len", "64", "--steps", "4", "--tune", "2"]
 
     def start(out, *more):
@@ -160,7 +160,7 @@ def test_killed_at_any_moment_the_command_goes_on(tmp_path):
     assert start(tmp_path / "whole").wait() == 0
     assert not (tmp_path / "whole.blocks").exists()
     out, blocks = tmp_path / "out", tmp_path / "out.blocks"
-    for finished in range(3):
+    for finished in range(2):
         process = start(out, *(["--resume"] if finished else []))
         deadline = time.monotonic() + 120
         while len(list(blocks.glob("*.safetensors"))) < finished + (finished > 0) and time.monotonic() < deadline:
