@@ -10,7 +10,6 @@ written out once, by a second kernel, and cuBLAS multiplies (:data:`DENSE_TOKENS
 """
 
 import contextlib
-import math
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ import triton
 
 from tqcompile.kernels.lattice_tile import lattice_tile, write_planes, write_weights
 from tqcompile.kernels.split_counters import split_counters
-from tqcompile.kernels.twin_gemm import SHARED_BYTES, fastest_split
+from tqcompile.kernels.twin_gemm import SHARED_BYTES, fastest_split, warp_share
 from tqcompile.kernels.twin_linear import FLOATS, INTERPRET, Tile, _gpu, device_reason
 from tqcompile.ops.lattice_linear import ZERO_STEPS
 
@@ -182,9 +181,7 @@ def _skinny(x, weights, n, k, bias, options, tile) -> torch.Tensor:
     # Programmatic dependent launch: this kernel starts, and loads its first codes, before the one in front has ended.
     dependent = gpu.major >= 9
     warps, units = row_warps * k_warps, k // UNIT
-    # Scales of neighbouring units are loaded at once, so units a warp are rounded up to what that needs.
-    vector = math.gcd(units, unroll, 8) if group == UNIT else 1
-    own = -(-units // (k_warps * vector)) * vector
+    vector, own = warp_share(units, k_warps, unroll, group == UNIT)
     lattice_skinny[(-(-n // (16 * row_tiles * row_warps)),)](
         x.view(torch.int32), codes.view(torch.int32), scale, zero, offset, y if bias is None else bias, y, t, n,
         TILES=-(-t // 8), RT=row_tiles, RW=row_warps, KS=k_warps, UNROLL=unroll, V=vector, U=units, OWN=own,

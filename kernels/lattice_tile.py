@@ -175,6 +175,7 @@ def write_weights(
 
 @triton.jit
 def write_planes(x, out, K, BLOCK: tl.constexpr):
+    """out (T, K): of each row of x, column i of every four in plane i, the four planes one after the other."""
     tl.extra.cuda.gdc_launch_dependents()
     four = tl.program_id(1) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

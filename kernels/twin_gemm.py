@@ -264,13 +264,18 @@ def _run_gemv(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias
     )  # fmt: skip
 
 
+def warp_share(units: int, warps: int, unroll: int, scale_each: bool) -> tuple[int, int]:
+    """(V, OWN) of the skinny kernels, for ``units`` of 128 columns that ``warps`` share. scale_each: every unit has a
+    scale; those of V neighbours are loaded at once, so units a warp are rounded up to what that needs."""
+    vector = math.gcd(units, unroll, 8) if scale_each else 1
+    return vector, -(-units // (warps * vector)) * vector
+
+
 def _run_skinny(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias, addend) -> None:
     rw, ks = config["rw"], config["ks"]
     kind = {torch.int8: None, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[p.operand]
     words, groups = w.view(torch.int32), p.k // 128
-    # Scales of neighbouring groups are loaded at once, so groups a warp are rounded up to what that needs.
-    vector = math.gcd(groups, config["unroll"], 8) if p.group == 128 else 1
-    own = -(-groups // (ks * vector)) * vector
+    vector, own = warp_share(groups, ks, config["unroll"], p.group == 128)
     twin_skinny[(-(-p.n // (16 * rw)),)](
         x.view(torch.int32), scale if x_scale is None else x_scale, words if t is None else t.view(torch.int32), words,
         scale, words if up is None else up.view(torch.int32), scale if up is None else up_scale,

@@ -77,6 +77,9 @@ def test_the_forms_for_hopper_have_room_for_what_the_rules_choose(n, k):
     for t in (1, 7, 9, 16):
         cut = kernel.choose_skinny(t, n, k)
         assert cut.row_warps * cut.k_warps in (4, 8)
+        vector, own = kernel.warp_share(k // 128, cut.k_warps, cut.unroll, True)
+        assert own * cut.k_warps >= k // 128
+        assert own % vector == cut.unroll % vector == k // 128 % vector == 0
         assert cut.registers is None or cut.registers * 32 * cut.row_warps * cut.k_warps <= 65536
     for t in (17, 33, 64, 100, 200, 512, 1024):
         cut = kernel.choose_wgmma(t, n, k)
