@@ -9,6 +9,8 @@ QMAX = 7
 QMIN = -8
 # Room above the largest scale of a row, which error compensation may enlarge.
 HEADROOM = 1.05
+# Elements searched at a time on a CPU.
+CACHED = 2**17
 
 
 def group_scales(
@@ -26,13 +28,17 @@ def group_scales(
     """
     n, k = w.shape
     groups = w.reshape(n, k // group_size, group_size)
+    weight = None if importance is None else importance.reshape(1, k // group_size, group_size)
+    return torch.cat([_searched_scales(part, weight, search) for part in _slices(groups)])
+
+
+def _searched_scales(groups: torch.Tensor, weight: torch.Tensor | None, search: bool) -> torch.Tensor:
     absmax = groups.abs().amax(-1)
     # A group of zeros gets scale 1: its codes are zero either way.
     full = torch.where(absmax > 0, absmax / QMAX, torch.ones_like(absmax))
     best = storable(full)
     if not search:
         return best
-    weight = None if importance is None else importance.reshape(1, k // group_size, group_size)
     best_error = _group_error(groups, best, weight)
     for ratio in torch.linspace(0.52, 0.98, 24).tolist():
         scale = storable(full * ratio)
@@ -81,10 +87,14 @@ def grid_scales(
     n, k = w.shape
     groups = w.reshape(n, k // group_size, group_size)
     weight = None if importance is None else importance.reshape(1, k // group_size, group_size)
+    return torch.cat([_grid_scales(*part, weight) for part in zip(_slices(groups), _slices(unit, groups), strict=True)])
+
+
+def _grid_scales(groups: torch.Tensor, unit: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     best = best_error = None
     # Downwards, so that a group of zeros, for which all are equal, does not shrink the row's common divisor.
     for multiple in range(MAX_MULTIPLE, 0, -1):
-        scale = (unit * multiple)[:, None].expand(n, k // group_size)
+        scale = (unit * multiple)[:, None].expand(groups.shape[:2])
         error = _group_error(groups, scale, weight)
         if best is None:
             best, best_error = scale, error
@@ -96,8 +106,15 @@ def grid_scales(
 
 def _group_error(groups: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     s = scale.unsqueeze(-1)
-    error = (groups - (groups / s).round().clamp(QMIN, QMAX) * s).square()
-    return (error if weight is None else error * weight).sum(-1)
+    error = (groups / s).round_().clamp_(QMIN, QMAX).mul_(s).sub_(groups).square_()
+    return (error if weight is None else error.mul_(weight)).sum(-1)
+
+
+def _slices(rows: torch.Tensor, like: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """Rows, on a CPU in slices which a core's cache holds through the search; cut as ``like`` where that is given."""
+    like = rows if like is None else like
+    count = len(like) if like.is_cuda else max(1, CACHED // like[0].numel())
+    return rows.split(max(1, count))
 
 
 def round_to_codes(w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
