@@ -1,6 +1,7 @@
 """Kernels of ``tqcompile::lattice_linear``: 2-bit or 3-bit codes, floating-point activations.
 
-    skinny  up to 16 tokens, 16-bit x, groups of 128    lattice_skinny.py
+    gemv    one token, 16-bit x, groups of 128          lattice_gemv.py
+    skinny  these up to 16                              lattice_skinny.py
     wgmma   these up to 1024, on Hopper                 lattice_wgmma.py
     fused   other arguments up to 128                   lattice_tile.py
     dense   more: weights are written out, then a dense product
@@ -10,6 +11,7 @@ written out once, by a second kernel, and cuBLAS multiplies (:data:`DENSE_TOKENS
 """
 
 import contextlib
+import math
 from typing import NamedTuple
 
 import torch
@@ -25,6 +27,7 @@ try:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+    from tqcompile.kernels.lattice_gemv import lattice_gemv
     from tqcompile.kernels.lattice_skinny import lattice_skinny
     from tqcompile.kernels.lattice_wgmma import lattice_wgmma
 
@@ -81,12 +84,48 @@ def describe(x, codes, scale, zero, offset, bias, bits) -> str:
     k = x.shape[-1]
     t, group = x.numel() // k, k // scale.shape[1]
     whole = GLUON and not INTERPRET and x.dtype in (torch.float16, torch.bfloat16) and group % UNIT == 0
+    if whole and t == 1:
+        cut = choose_gemv(scale.shape[0], k, bits)
+        if gemv_bytes(k, cut.k_warps, cut.unroll) <= SHARED_BYTES:
+            return "gemv"
     if whole and t <= SKINNY_TOKENS:
         return "skinny"
     hopper = x.is_cuda and _gpu(x.device.index).major == 9
     if whole and hopper and t <= WGMMA_TOKENS and scale.dtype == x.dtype and scale.shape[0] % 8 == 0:
         return "wgmma"
     return "dense" if t > DENSE_TOKENS else "fused"
+
+
+class Gemv(NamedTuple):
+    """A launch of the gemv form: RT tiles of 16 rows a warp, RW warps beside each other in N, KS in K; UNROLL pairs of
+    units of codes asked for at once; at most so many registers a thread."""
+
+    row_tiles: int
+    row_warps: int
+    k_warps: int
+    unroll: int
+    registers: int | None = None
+
+
+def choose_gemv(n: int, k: int, bits: int, sms: int = 132) -> Gemv:
+    """The configuration for a shape, by rule. Fitted to an H200."""
+    if k > 8192:
+        return Gemv(2, 1, 8, 7) if bits == 2 else Gemv(1, 2, 4, 4)
+    return Gemv(2, 1, 4, 2 if bits == 2 else 1) if n > 64 * sms else Gemv(2, 1, 8, 2)
+
+
+def gemv_share(units: int, warps: int, unroll: int, scale_each: bool) -> tuple[int, int, int]:
+    """(V, OWN, S) of the gemv form, for ``units`` that ``warps`` share in pairs: scales that are loaded at once, pairs
+    of a warp, places for units. scale_each: every unit has a scale."""
+    vector = max(1, math.gcd(units, 2 * unroll, 8) // 2 * 2) if scale_each else 1
+    step = max(1, vector // 2)
+    own = triton.cdiv(triton.cdiv(units, 2), warps * step) * step
+    return vector, own, triton.next_power_of_2(warps * max(4, 2 * own))
+
+
+def gemv_bytes(k: int, warps: int, unroll: int) -> int:
+    """Shared memory that x takes in the gemv form, at most."""
+    return gemv_share(k // UNIT, warps, unroll, True)[2] * (4 * UNIT + 8)
 
 
 class Skinny(NamedTuple):
@@ -142,7 +181,7 @@ def planes(x: torch.Tensor) -> torch.Tensor:
     return x.unflatten(-1, (-1, 4)).movedim(-1, 0).contiguous()
 
 
-def launch(x, codes, scale, zero, offset, bias, bits, tile: Tile | Skinny | Wgmma | None = None) -> torch.Tensor:
+def launch(x, codes, scale, zero, offset, bias, bits, tile: Tile | Gemv | Skinny | Wgmma | None = None) -> torch.Tensor:
     """Run the kernel; the arguments are those of the op and must be supported.
 
     With a ``tile`` the kernel that it belongs to runs whatever the number of tokens (tests, tuning).
@@ -165,10 +204,28 @@ def launch(x, codes, scale, zero, offset, bias, bits, tile: Tile | Skinny | Wgmm
         if tile is None:
             form = describe(x, codes, scale, zero, offset, bias, bits)
         else:
-            form = {Skinny: "skinny", Wgmma: "wgmma", Tile: "fused"}[type(tile)]
-        run = {"skinny": _skinny, "wgmma": _wgmma, "fused": _fused, "dense": _through_dense}[form]
+            form = {Gemv: "gemv", Skinny: "skinny", Wgmma: "wgmma", Tile: "fused"}[type(tile)]
+        run = {"gemv": _gemv, "skinny": _skinny, "wgmma": _wgmma, "fused": _fused, "dense": _through_dense}[form]
         y = run(flat, weights, n, k, bias, options, tile)
     return y.reshape(*x.shape[:-1], n)
+
+
+def _gemv(x, weights, n, k, bias, options, tile) -> torch.Tensor:
+    x = x.contiguous()
+    codes, scale, zero, offset = weights
+    gpu, group, bits = _gpu(x.device.index), options["GROUP"], options["BITS"]
+    row_tiles, row_warps, k_warps, unroll, registers = tile or choose_gemv(n, k, bits, gpu.multi_processor_count)
+    y = torch.empty(1, n, dtype=x.dtype, device=x.device)
+    dependent = gpu.major >= 9
+    vector, own, slots = gemv_share(k // UNIT, k_warps, unroll, group == UNIT)
+    lattice_gemv[(-(-n // (16 * row_tiles * row_warps)),)](
+        x, codes.view(torch.int32), scale, zero, offset, y if bias is None else bias, y, n,
+        RT=row_tiles, RW=row_warps, KS=k_warps, UNROLL=unroll, V=vector, U=k // UNIT,
+        OWN=own, S=slots, GROUP_UNITS=group // UNIT, BITS=bits, D=options["D"], ZERO_STEPS=ZERO_STEPS,
+        HAS_ZERO=options["HAS_ZERO"], HAS_BIAS=bias is not None, PDL=dependent,
+        num_warps=row_warps * k_warps, launch_pdl=dependent, maxnreg=registers,
+    )  # fmt: skip
+    return y
 
 
 def _skinny(x, weights, n, k, bias, options, tile) -> torch.Tensor:

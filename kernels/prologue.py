@@ -30,6 +30,7 @@ MAX_K = 32768
 _ROW_PROGRAMS = 128  # programs that fill the GPU; more would only repeat more work
 _MOST_ROWS = 16  # tokens up to which the repeated work costs less than a second launch,
 _MOST_REPEATED = 16 * 8192  # if their values are no more than this
+_LEAST_APART = 8 * 8192  # values of all tokens from which programs that share a token gain, where they can
 
 
 @triton.jit
@@ -109,16 +110,16 @@ def _t_values(
 
 @triton.jit
 def _token(
-    token, first, x, other, g, s, turn, operand, operand_scale, q8, q8_scale, h,
+    token, row0, first, x, other, g, s, turn, operand, operand_scale, q8, q8_scale, h,
     K, x_stride, other_stride, eps, act_ratio,
     ROWS: tl.constexpr, COLS: tl.constexpr, EXACT: tl.constexpr, WHOLE: tl.constexpr, BITS: tl.constexpr,
     KEEP8: tl.constexpr, KIND: tl.constexpr, HAS_OTHER: tl.constexpr, SCALE: tl.constexpr, ROTATE: tl.constexpr,
     PLANES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Everything but t of one token, stored where ``first``. Returns its two planes (ROWS, COLS / 2) and the scale.
-    g, s, turn: values of gain, input_scale and rotation. WHOLE: EXACT, and ``first`` is true."""
+    """Everything but t of a token's rows from row0 on, stored where ``first``. Returns two planes (ROWS, COLS / 2) and
+    the scale. g, s, turn: values of gain, input_scale and rotation. WHOLE: EXACT, and ``first`` is true."""
     half: tl.constexpr = COLS // 2
-    row = tl.arange(0, ROWS)[:, None]
+    row = row0 + tl.arange(0, ROWS)[:, None]
     at = row * COLS + tl.arange(0, COLS)[None, :]
     pair = row * half + tl.arange(0, half)[None, :]
     live = at < K
@@ -180,10 +181,11 @@ def _rows(
     INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """RP > 0: program p of the P of a token computes RP values of t from p * RP on, STEP at a time.
-    RP 0: one token a program, without t."""
+    RP 0: without t; P more than 1 programs share a token's rows where none needs the others'."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()  # twin_gemm may start; it waits by itself for what is stored here
-    row = tl.arange(0, ROWS)[:, None]
+    row0 = tl.program_id(0) % P * ROWS if RP == 0 else 0
+    row = row0 + tl.arange(0, ROWS)[:, None]
     at = row * COLS + tl.arange(0, COLS)[None, :]
     # What is asked for before the token is there when the token has been reduced.
     if RP > 0:
@@ -205,7 +207,7 @@ def _rows(
         tl.extra.cuda.gdc_wait()  # x comes from the kernel before; weights, gains and the rotation do not
     if RP > 0:
         even, odd, scale = _token(
-            token, part == 0, x, other, g, s, turn, operand, operand_scale, q8, q8_scale, h,
+            token, 0, part == 0, x, other, g, s, turn, operand, operand_scale, q8, q8_scale, h,
             K, x_stride, other_stride, eps, act_ratio,
             ROWS, COLS, EXACT, False, BITS, KEEP8, KIND, HAS_OTHER, SCALE, ROTATE, PLANES, INTERPRET,
         )  # fmt: skip
@@ -222,14 +224,15 @@ def _rows(
             tl.store(t + token * R + _in_planes(r + i, R), value, mask=r + i < R)
     else:
         _token(
-            tl.program_id(0).to(tl.int64), True, x, other, g, s, turn, operand, operand_scale, q8, q8_scale, h,
-            K, x_stride, other_stride, eps, act_ratio,
+            (tl.program_id(0) // P).to(tl.int64), row0, True,
+            x, other, g, s, turn, operand, operand_scale, q8, q8_scale, h, K, x_stride, other_stride, eps, act_ratio,
             ROWS, COLS, EXACT, EXACT, BITS, KEEP8, KIND, HAS_OTHER, SCALE, ROTATE, PLANES, INTERPRET,
         )  # fmt: skip
 
 
 class Plan(NamedTuple):
-    """How a launch is cut. ``parts`` programs a token, ``ranks`` values of t each (0: t in a launch of its own)."""
+    """How a launch is cut. ``parts`` programs a token, ``ranks`` values of t each; 0 where t is a launch of its own, or
+    where there is none and each of the parts has ``rows`` rows."""
 
     parts: int
     ranks: int
@@ -239,11 +242,14 @@ class Plan(NamedTuple):
     warps: int
 
 
-def choose_plan(t: int, k: int, rank: int, group: int, block: int) -> Plan:
-    """The plan for a shape, by rule; block is 0 without rotation, rank 0 without down."""
+def choose_plan(t: int, k: int, rank: int, group: int, block: int, apart: bool = False) -> Plan:
+    """The plan for a shape, by rule; block is 0 without rotation, rank 0 without down. apart: nothing is summed or
+    compared over the values of a token."""
     # Rows of one group, where no rotation asks for another width: one scale a row.
     columns = block or min(128, group & -group)
     rows = max(16, triton.next_power_of_2(-(-k // columns)))  # 16 rows are the smallest matrix of a dot
+    if apart and rank == 0 and t * k > _LEAST_APART and t * (rows // 16) <= _ROW_PROGRAMS:
+        return Plan(-(-k // (16 * columns)), 0, 1, 16, columns, 4)
     warps = 4 if rows * columns <= 2048 else 8 if rows * columns <= 8192 else 16
     if rank == 0 or ((t > _MOST_ROWS or t * k > _MOST_REPEATED) and group % 64 == 0):
         return Plan(1, 0, 1, rows, columns, warps)
@@ -323,7 +329,8 @@ def _run(
     tokens, k = x.shape
     rank = 0 if down is None else down.shape[0]
     group = k // down_scale.shape[1] if rank else 128
-    plan = plan or choose_plan(tokens, k, rank, group, 0 if rotation is None else rotation.shape[0])
+    separate = act_bits == 16 and kind != "rms_norm"
+    plan = plan or choose_plan(tokens, k, rank, group, 0 if rotation is None else rotation.shape[0], separate)
     apart = rank > 0 and plan.ranks == 0
     q8, q8_scale = operand, operand_scale
     if apart and act_bits == 4:
@@ -340,7 +347,7 @@ def _run(
         operand, operand_scale, q8, q8_scale, t, h,
         tokens, k, rank, x.stride(0), 0 if other is None else other.stride(0), float(eps), float(act_ratio),
         P=plan.parts, RP=plan.ranks, STEP=plan.step, GROUP=group,
-        ROWS=plan.rows, COLS=plan.columns, EXACT=plan.rows * plan.columns == k,
+        ROWS=plan.rows, COLS=plan.columns, EXACT=plan.rows * plan.columns * (1 if plan.ranks else plan.parts) == k,
         BITS=act_bits, KEEP8=apart, KIND=kind, HAS_OTHER=other is not None,
         SCALE=input_scale is not None, ROTATE=rotation is not None, PLANES=planes, INTERPRET=INTERPRET, PDL=dependent,
         num_warps=plan.warps, **launch_options,

@@ -101,7 +101,7 @@ def _mma_words(wa, wb, e0, e1, o0, o1, c0, c1, c2, c3, FLOAT: gl.constexpr):
 
 
 @gluon.jit
-def _store(value, n, m, bias, addend, y, T, N, HAS_BIAS: gl.constexpr, HAS_ADDEND: gl.constexpr):
+def store_output(value, n, m, bias, addend, y, T, N, HAS_BIAS: gl.constexpr, HAS_ADDEND: gl.constexpr):
     live = (n < N) & (m < T)
     at = m.to(gl.int64) * N + n
     if HAS_BIAS:
@@ -136,10 +136,10 @@ def finish_tiles(
             warp = gl.expand_dims(gl.arange(0, RW, gl.SliceLayout(1, v0.type.layout)), 1)
             n = n0 + i % RT * (16 * RW) + warp * 16 + lane // 4
             m = i // RT * 8 + 2 * (lane % 4) + 0 * warp
-            _store(v0, n, m, bias, addend, y, T, N, HAS_BIAS, HAS_ADDEND)
-            _store(v1, n, m + 1, bias, addend, y, T, N, HAS_BIAS, HAS_ADDEND)
-            _store(v2, n + 8, m, bias, addend, y, T, N, HAS_BIAS, HAS_ADDEND)
-            _store(v3, n + 8, m + 1, bias, addend, y, T, N, HAS_BIAS, HAS_ADDEND)
+            store_output(v0, n, m, bias, addend, y, T, N, HAS_BIAS, HAS_ADDEND)
+            store_output(v1, n, m + 1, bias, addend, y, T, N, HAS_BIAS, HAS_ADDEND)
+            store_output(v2, n + 8, m, bias, addend, y, T, N, HAS_BIAS, HAS_ADDEND)
+            store_output(v3, n + 8, m + 1, bias, addend, y, T, N, HAS_BIAS, HAS_ADDEND)
     else:
         for i in gl.static_range(COUNT):  # 16 bytes a lane, no two of them in one bank
             v0, v1, v2, v3 = tiles[i]
@@ -151,7 +151,7 @@ def finish_tiles(
             n = n0 + i % RT * (16 * RW) + at // 128 * 16 + at // 16 % 8 + at // 2 % 2 * 8
             m = i // RT * 8 + at // 4 % 4 * 2 + at % 2
             value = gl.sum(rooms.index(i).load(across), axis=0)
-            _store(value, n, m, bias, addend, y, T, N, HAS_BIAS, HAS_ADDEND)
+            store_output(value, n, m, bias, addend, y, T, N, HAS_BIAS, HAS_ADDEND)
 
 
 @gluon.jit(do_not_specialize=["T"])

@@ -102,3 +102,17 @@ def test_refusals_name_the_reason():
         ((x, codes, scale.double(), None, None, None, bits), "float32"),
     ):
         assert reason in kernel.unsupported(*wrong)
+
+
+def test_the_warps_of_the_gemv_form_share_every_unit():
+    for units in range(1, 260):
+        for warps in (4, 8, 16):
+            for unroll in (1, 2, 3, 4, 7):
+                for scale_each in (True, False):
+                    vector, own, slots = kernel.gemv_share(units, warps, unroll, scale_each)
+                    assert 2 * own * warps >= units  # a pair is two units
+                    assert slots >= max(2 * own, 4) * warps
+                    assert slots & (slots - 1) == 0
+                    # Scales loaded together are of one row, one warp and one step.
+                    assert vector == 1 or all(n % vector == 0 for n in (units, 2 * own, 2 * unroll))
+                    assert vector == 1 or scale_each

@@ -41,7 +41,9 @@ def test_layer_shapes_are_within_their_bound(n, k, bits):
     for t in TOKENS:
         shift, groups = ("zero", k // 128) if bits == 3 else ("offset", 1)
         args = random_arguments(t, n, k, groups, bits, torch.bfloat16, shift, t == 3, device="cuda")
-        assert kernel.describe(*args) == ("skinny" if t <= 16 else "wgmma" if t <= 1024 else "dense")
+        assert kernel.describe(*args) == (
+            "gemv" if t == 1 else "skinny" if t <= 16 else "wgmma" if t <= 1024 else "dense"
+        )
         assert worst(run(args), *args, form=kernel.describe(*args)) <= 1, t
 
 
@@ -89,7 +91,7 @@ SKINNY_CASES = [
 @pytest.mark.parametrize("case", SKINNY_CASES)
 def test_the_skinny_form_is_within_its_bound_in_every_cut(case):
     args = random_arguments(*case, device="cuda", seed=case[1])
-    assert kernel.describe(*args) == "skinny"
+    assert kernel.describe(*args) == ("gemv" if case[0] == 1 else "skinny")
     assert worst(run(args), *args) <= 1
     for cut in ((1, 1, 1, 1), (1, 2, 4, 2), (2, 1, 4, 3), (2, 2, 8, 1), (2, 1, 8, 4, 128)):
         with poisoned_memory():
@@ -128,6 +130,49 @@ def test_the_wgmma_form_is_within_its_bound_in_every_cut(case):
             again = [kernel.launch(*args, tile=kernel.Wgmma(*cut)) for _ in range(5)]
         assert worst(first, *args, form="wgmma") <= 1, cut
         assert all(torch.equal(y, first) for y in again), cut
+
+
+# Odd N, units that warps or pairs leave over, several units a group, one group a row.
+GEMV_CASES = [
+    (1, 40, 128, 1, 2, torch.bfloat16, "zero", True),
+    (1, 75, 1152, 9, 2, torch.bfloat16, "offset", False),
+    (1, 91, 1024, 8, 3, torch.float16, "zero", True),
+    (1, 33, 1408, 11, 3, torch.bfloat16, "none", False),
+    (1, 133, 640, 5, 3, torch.bfloat16, "offset", True),
+    (1, 70, 512, 1, 2, torch.float16, "zero", True),
+    (1, 130, 768, 3, 3, torch.float16, "zero", False),
+    (1, 49, 2048, 16, 2, torch.bfloat16, "none", True),
+]
+
+
+@pytest.mark.parametrize("case", GEMV_CASES)
+def test_the_gemv_form_is_within_its_bound_in_every_cut(case):
+    args = random_arguments(*case, device="cuda", seed=case[1])
+    assert kernel.describe(*args) == "gemv"
+    assert worst(run(args), *args) <= 1
+    for cut in ((1, 1, 4, 1), (1, 2, 8, 4), (2, 4, 2, 2), (2, 1, 4, 3), (4, 1, 8, 4, 128), (1, 1, 16, 7, 64)):
+        with poisoned_memory():
+            first = kernel.launch(*args, tile=kernel.Gemv(*cut))
+            again = [kernel.launch(*args, tile=kernel.Gemv(*cut)) for _ in range(5)]
+        assert worst(first, *args) <= 1, cut
+        assert all(torch.equal(y, first) for y in again), cut
+
+
+def test_the_gemv_form_with_channels_of_very_different_sizes():
+    args = list(random_arguments(1, 64, 1024, 8, 2, torch.bfloat16, "offset", False, device="cuda", seed=5))
+    sizes = torch.logspace(-3, 3, 1024, device="cuda")[torch.randperm(1024, device="cuda")]
+    for factor in (1.0, 1e-30, 1e30):
+        args[0] = (torch.randn(1, 1024, device="cuda") * sizes * factor).bfloat16()
+        assert kernel.describe(*args) == "gemv"
+        assert worst(run(args), *args) <= 1, factor
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_gemv_form_hides_nothing_that_is_not_finite(value):
+    args = list(random_arguments(1, 40, 512, 4, 2, torch.bfloat16, "zero", False, device="cuda", seed=6))
+    args[0][0, 77] = value
+    assert kernel.describe(*args) == "gemv"
+    assert not torch.isfinite(run(args)).any()
 
 
 def test_the_bound_sees_one_wrong_code():
