@@ -35,6 +35,15 @@ def run(args):
         return kernel.launch(*args)
 
 
+def check_cut(args, cut, form="exact"):
+    """One configuration: within the bound, and the same bits every time."""
+    with poisoned_memory():
+        first = kernel.launch(*args, tile=cut)
+        again = [kernel.launch(*args, tile=cut) for _ in range(5)]
+    assert worst(first, *args, form=form) <= 1, cut
+    assert all(torch.equal(y, first) for y in again), cut
+
+
 @pytest.mark.parametrize("bits", [2, 3])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_layer_shapes_are_within_their_bound(n, k, bits):
@@ -94,11 +103,7 @@ def test_the_skinny_form_is_within_its_bound_in_every_cut(case):
     assert kernel.describe(*args) == ("gemv" if case[0] == 1 else "skinny")
     assert worst(run(args), *args) <= 1
     for cut in ((1, 1, 1, 1), (1, 2, 4, 2), (2, 1, 4, 3), (2, 2, 8, 1), (2, 1, 8, 4, 128)):
-        with poisoned_memory():
-            first = kernel.launch(*args, tile=kernel.Skinny(*cut))
-            again = [kernel.launch(*args, tile=kernel.Skinny(*cut)) for _ in range(5)]
-        assert worst(first, *args) <= 1, cut
-        assert all(torch.equal(y, first) for y in again), cut
+        check_cut(args, kernel.Skinny(*cut))
 
 
 # N is a multiple of 8; tokens and rows that tiles leave over, one group a row, several steps a group.
@@ -125,11 +130,7 @@ def test_the_wgmma_form_is_within_its_bound_in_every_cut(case):
     for cut in ((16, 1, 2), (32, 2, 1), (64, 3, 2), (128, 1, 1), (128, 2, 1), (256, 1, 1), (256, 3, 1)):
         if cut[1] * 2 > case[2] // 128:
             continue
-        with poisoned_memory():
-            first = kernel.launch(*args, tile=kernel.Wgmma(*cut))
-            again = [kernel.launch(*args, tile=kernel.Wgmma(*cut)) for _ in range(5)]
-        assert worst(first, *args, form="wgmma") <= 1, cut
-        assert all(torch.equal(y, first) for y in again), cut
+        check_cut(args, kernel.Wgmma(*cut), form="wgmma")
 
 
 # Odd N, units that warps or pairs leave over, several units a group, one group a row.
@@ -151,11 +152,7 @@ def test_the_gemv_form_is_within_its_bound_in_every_cut(case):
     assert kernel.describe(*args) == "gemv"
     assert worst(run(args), *args) <= 1
     for cut in ((1, 1, 4, 1), (1, 2, 8, 4), (2, 4, 2, 2), (2, 1, 4, 3), (4, 1, 8, 4, 128), (1, 1, 16, 7, 64)):
-        with poisoned_memory():
-            first = kernel.launch(*args, tile=kernel.Gemv(*cut))
-            again = [kernel.launch(*args, tile=kernel.Gemv(*cut)) for _ in range(5)]
-        assert worst(first, *args) <= 1, cut
-        assert all(torch.equal(y, first) for y in again), cut
+        check_cut(args, kernel.Gemv(*cut))
 
 
 def test_the_gemv_form_with_channels_of_very_different_sizes():
