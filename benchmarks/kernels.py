@@ -24,6 +24,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tests")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from tqcompile import tuner
+from tqcompile.ops.twin_gemm import defer_from_of
 
 SHAPES = {
     "gate_up": (28672, 4096),
@@ -107,19 +108,22 @@ def composition(n: int, k: int, rank: int):
 class Ours:
     """The two lowered ops for one form: ``weights`` are residual, its scales, channel scale, up, down and theirs."""
 
-    def __init__(self, form: str, transform: tuple, kernels: dict):
+    def __init__(self, form: str, transform: tuple, kernels: dict, n: int, k: int):
         self.act_bits, self.transform, self.kernels = ACT_BITS[form], transform, kernels
         self.ratio = 7 / 127 if form == "w4a4" else 0.0
+        self.defer_from = 0 if form == "w4a4" else defer_from_of(n, k)
 
     def prologue_args(self, w: list, x: torch.Tensor) -> tuple:
         transform = (None, None) if self.act_bits == 4 else self.transform
-        return (x, None, None, *transform, w[5], w[6], "none", 0.0, self.act_bits, self.ratio)
+        defer_from = self.defer_from if w[5] is not None else 0
+        return (x, None, None, *transform, w[5], w[6], "none", 0.0, self.act_bits, self.ratio, True, defer_from)
 
     def gemm_args(self, w: list, operands: tuple) -> tuple:
         operand, scale, t, _ = operands
         scale = scale if self.act_bits < 16 else None
         t = t if w[3] is not None else None
-        return (operand, scale, t, *w[:5], None, None, DTYPE)
+        down = (w[5], w[6], self.defer_from) if self.defer_from and w[5] is not None else (None, None, 0)
+        return (operand, scale, t, *w[:5], None, None, DTYPE, *down)
 
     def why_not(self, w: list, x: torch.Tensor) -> str | None:
         """The reason why a kernel does not serve these arguments: what would run then is no kernel of ours."""
@@ -150,9 +154,15 @@ class Ours:
         y = self.gemm(w, operands)
         kept = tuple(part[some] if part.dim() == 2 else part for part in operands)
         args = self.prologue_args(w, x[some])
-        found = worst_plain_prologue(kept, args[0], *args[3:7], self.act_bits, self.ratio)
+        deferred = 0 < self.defer_from <= t  # then y answers for t
+        down = (None, None) if deferred else args[5:7]
+        if deferred:
+            kept = (*kept[:2], kept[2][:, :0], kept[3])
+        found = worst_plain_prologue(kept, *args[:1], *args[3:5], *down, self.act_bits, self.ratio)
         dense = self.gemm_form(w, operands) == "dense"
-        return {**found, "y": worst_twin_gemm(y[some], *self.gemm_args(w, kept), dense=dense)}
+        kept = (*kept[:2], operands[2][some], kept[3])
+        gemm_args = (*self.gemm_args(w, kept)[:-1], 1 if deferred else 0)
+        return {**found, "y": worst_twin_gemm(y[some], *gemm_args, dense=dense)}
 
     def gemm_form(self, w: list, operands: tuple) -> str:
         """Which of its kernels twin_gemm uses."""
@@ -219,7 +229,7 @@ def measure(name: str, tokens: tuple, options) -> list[dict]:
         dense = copies_of([torch.randn(n, k, device=device, dtype=DTYPE)])
         stock, stock_weights = composition(n, k, options.rank or 64) if device == "cuda" else (None, [])
         stock_copies = copies_of(stock_weights) if stock else []
-    forms = {form: Ours(form, transform_of(options, k), kernels) for form in options.forms}
+    forms = {form: Ours(form, transform_of(options, k), kernels, n, k) for form in options.forms}
     rows = []
     for t in tokens:
         x = torch.randn(t, k, device=device, dtype=DTYPE)

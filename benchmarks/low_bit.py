@@ -44,7 +44,7 @@ def measure(n: int, k: int, t: int) -> dict:
     from tqcompile.ops.quantize_activation import transform_activation
 
     x = torch.randn(t, k, device="cuda", dtype=torch.bfloat16)
-    rotation = torch.linalg.qr(torch.randn(128, 128, device="cuda"))[0].bfloat16()
+    rotation = torch.linalg.qr(torch.randn(128, 128, device="cuda"))[0].bfloat16().contiguous()  # as layers hold it
     times, form = {}, ""
 
     def transformed(x):

@@ -51,7 +51,7 @@ def measure(name: str, t: int, rank: int, bits: int, block: int | None) -> dict:
         sys.exit(f"{name} T={t}: the error is {worst} times its bound, no times are printed")
     moved = sum(a.numel() * a.element_size() for a in (*args[:7], *result) if torch.is_tensor(a))
     row = {"site": name, "K": k, "T": t, "R": rank, "bits": bits, "rotation": block, "floor_us": moved / BYTES_PER_US}
-    row["plan"] = prologue.choose_plan(t, k, rank, 128, block or 0)._asdict()
+    row["plan"] = prologue.choose_plan(t, k, rank, 128, block or 0, bits)._asdict()
     apart = separate(args)
     apart(*args[:3])
     row["us"] = 1e3 * do_bench_cudagraph(lambda: prologue.launch(*args), return_mode="median")

@@ -270,7 +270,7 @@ def _wgmma(x, weights, n, k, bias, options, tile) -> torch.Tensor:
     programs = tiles * splits if splits > 1 else min(tiles, ctas * gpu.multi_processor_count)
     partials = counters = y
     if splits > 1:
-        partials = torch.empty(programs * 4 * 64 * bm, dtype=torch.float32, device=y.device)
+        partials = torch.empty(programs * 2 * 64 * bm, dtype=torch.float32, device=y.device)
         counters = split_counters(y.device, 2 * tiles)
     codes = codes.view(torch.int8)
     lattice_wgmma[(programs,)](

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from tqcompile.kernels.gluon_common import grid_release, grid_wait
-from tqcompile.kernels.twin_wgmma import ROWS, _add_parts, _part, _share, _tile
+from tqcompile.kernels.wgmma_tiles import ROWS, add_parts, item_at, items_of, tile_at
 
 
 def _bf16(value: float) -> int:
@@ -120,12 +120,15 @@ def _copy_tiles(
 ):  # fmt: skip
     """The copying warp."""
     steps, tiles_n, tiles_m = K // 128, (N + ROWS - 1) // ROWS, (T + BM - 1) // BM
-    first, last, parts = _share(tiles_n * tiles_m, steps, SPLIT)
+    tiles = tiles_n * tiles_m
+    parts = gl.num_programs(0) // tiles if SPLIT else 1
+    _, items = items_of(0, tiles * parts)
     slot = 0
     phase = 1
-    for i in range(parts):
-        tile, begin, end = _part(i, steps, first, last, SPLIT)
-        n0, m0 = _tile(tile, tiles_n, tiles_m, BM)
+    for i in range(items):
+        tile, part, _ = item_at(i, 0, parts, SPLIT)
+        begin, end = steps * part // parts, steps * (part + 1) // parts
+        n0, m0 = tile_at(tile, tiles_n, tiles_m, BM)
         for step in range(begin, end):
             mbarrier.wait(empty.index(slot), phase)
             bar = full.index(slot)
@@ -163,7 +166,9 @@ def _multiply(
 
     steps, tiles_n, tiles_m = K // 128, (N + ROWS - 1) // ROWS, (T + BM - 1) // BM
     groups = steps // GROUP_STEPS
-    first, last, parts = _share(tiles_n * tiles_m, steps, SPLIT)
+    tiles = tiles_n * tiles_m
+    parts = gl.num_programs(0) // tiles if SPLIT else 1
+    _, items = items_of(0, tiles * parts)
     y_own = ys.index(HALF)
     slot = 0
     phase = 0
@@ -171,9 +176,10 @@ def _multiply(
     if D > 0:
         for plane in gl.static_range(4):
             beyond = beyond + (gl.load(offset + plane % D).to(gl.float32) + MIDDLE,)
-    for i in range(parts):
-        tile, begin, end = _part(i, steps, first, last, SPLIT)
-        n_tile, m0 = _tile(tile, tiles_n, tiles_m, BM)
+    for i in range(items):
+        tile, part, _ = item_at(i, 0, parts, SPLIT)
+        begin, end = steps * part // parts, steps * (part + 1) // parts
+        n_tile, m0 = tile_at(tile, tiles_n, tiles_m, BM)
         n0 = n_tile + HALF * 64
         row = gl.minimum(n0 + gl.arange(0, 64, gl.SliceLayout(1, weights)), N - 1)
         scale_at, zero_at = scale + row * groups, zero + row * groups
@@ -225,9 +231,8 @@ def _multiply(
                 phase ^= 1
         finish = True
         if SPLIT:
-            if end - begin < steps:
-                counter = counters + 2 * tile + HALF
-                finish, acc = _add_parts(acc, tile, steps, tiles_n * tiles_m, partials, counter, HALF, BM)
+            counter = counters + 2 * tile + HALF
+            finish, acc = add_parts(acc, tile * parts, part, parts, partials, counter, HALF, BM)
         if finish:
             y = acc
             if HAS_BIAS:
@@ -253,7 +258,7 @@ def lattice_wgmma(
     """Tiles of 128 rows times BM tokens; y goes out in PIECES. GROUP_STEPS steps of 128 columns share a scale.
 
     Descriptors: codes (N, K BITS / 8) int8 in boxes (64, 32); x (T, K), four planes in a row, in (BM, 32); y (T, N) of
-    the same dtype in (BM / PIECES, 64). partials: 4 * 64 * BM fp32 a program; counters: 2 a tile, zero. REGISTERS: of a
+    the same dtype in (BM / PIECES, 64). partials: 2 * 64 * BM fp32 a program; counters: 2 a tile, zero. REGISTERS: of a
     thread of the second warpgroup; the first gets what is left.
     """
     out: gl.constexpr = y_desc.dtype

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from tqcompile.kernels.low_rank import run_low_rank
 from tqcompile.kernels.quantize_activation import ROTATION_BLOCKS
+from tqcompile.kernels.token_t import down_rows, in_planes, t_values, words_of
 from tqcompile.kernels.twin_linear import (
     FLOATS,
     INTERPRET,
@@ -25,11 +26,12 @@ from tqcompile.kernels.twin_linear import (
     device_reason,
     round_to,
 )
+from tqcompile.ops.twin_gemm import is_deferred
 
 MAX_K = 32768
 _ROW_PROGRAMS = 128  # programs that fill the GPU; more would only repeat more work
-_MOST_ROWS = 16  # tokens up to which the repeated work costs less than a second launch,
-_MOST_REPEATED = 16 * 8192  # if their values are no more than this
+_MOST_ROWS = {True: 32, False: 16}  # tokens up to which the repeated work costs less than a second launch, of words,
+_MOST_REPEATED = {True: 2**18, False: 2**17}  # if their values are no more than this
 _LEAST_APART = 8 * 8192  # values of all tokens from which programs that share a token gain, where they can
 
 
@@ -46,6 +48,16 @@ def _store(at, value, mask, WHOLE: tl.constexpr):
         tl.store(at, value)
     else:
         tl.store(at, value, mask=mask)
+
+
+@triton.jit
+def _widened(v, INTERPRET: tl.constexpr):
+    """To fp32. In front of the ``to`` of 16-bit floats the compiler changes the layout for each reader of what is
+    computed from it, and so computes it once for each."""
+    if INTERPRET or v.dtype == tl.float32:
+        return v.to(tl.float32)
+    kind: tl.constexpr = "bf16" if v.dtype == tl.bfloat16 else "f16"
+    return tl.inline_asm_elementwise("cvt.f32." + kind + " $0, $1;", "=f,h", [v], tl.float32, True, 1)
 
 
 @triton.jit
@@ -77,35 +89,6 @@ def _gate(x, other, INTERPRET: tl.constexpr):
         )  # fmt: skip
     gate = round_to(gate, x.dtype, INTERPRET).to(tl.float32)
     return round_to(gate * other.to(tl.float32), x.dtype, INTERPRET)
-
-
-@triton.jit
-def _in_planes(r, R):
-    """Where element r of R stands in plane order."""
-    return r % 2 * (R // 2) + r // 2
-
-
-@triton.jit
-def _t_values(
-    d, even, odd, scale, down_scale, r, row, pair, live, R, groups, COLS: tl.constexpr, GROUP: tl.constexpr,
-    INT: tl.constexpr,
-):  # fmt: skip
-    """(STEP, 1, 1) values of t: rows r of down, bytes d (STEP, ROWS, COLS / 2), times the token's two planes."""
-    wide = d.to(tl.int8, bitcast=True).to(tl.int32)
-    low, high = (wide << 28) >> 28, wide >> 4
-    if INT:
-        products = low * even[None, :, :] + high * odd[None, :, :]
-    else:
-        products = low.to(tl.float32) * even[None, :, :] + high.to(tl.float32) * odd[None, :, :]
-    if GROUP % COLS == 0:  # one scale for a row of the tile: exact int32 sums
-        at = down_scale + r * groups + (row * COLS // GROUP)[None, :, :]
-        sums = tl.sum(products, axis=2, keep_dims=True).to(tl.float32)
-        sums *= tl.load(at, mask=live & (r < R), other=0.0).to(tl.float32)
-    else:
-        at = down_scale + r * groups + (2 * pair // GROUP)[None, :, :]
-        sums = products.to(tl.float32) * tl.load(at, mask=live & (r < R), other=0.0).to(tl.float32)
-        sums = tl.sum(sums, axis=2, keep_dims=True)
-    return tl.sum(sums, axis=1, keep_dims=True) * scale
 
 
 @triton.jit
@@ -141,7 +124,7 @@ def _token(
         # Transposed: the token's values are then the operand that tensor cores read from shared memory, and the
         # compiler does not move their change of layout up to the loads, where one load would wait for the other.
         v = tl.trans(tl.dot(tl.trans(turn), tl.trans(v)))
-    v = v.to(tl.float32)
+    v = _widened(v, INTERPRET)
 
     scale = 1.0
     if BITS == 16:
@@ -174,11 +157,11 @@ def _token(
 @triton.jit(do_not_specialize=["T"])
 def _rows(
     x, other, gain, input_scale, rotation, down, down_scale, operand, operand_scale, q8, q8_scale, t, h,
-    T, K, R, x_stride, other_stride, eps, act_ratio,
+    T, K, R, x_stride, other_stride, turn_stride, turn_step, eps, act_ratio,
     P: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, EXACT: tl.constexpr, BITS: tl.constexpr, KEEP8: tl.constexpr,
     KIND: tl.constexpr, HAS_OTHER: tl.constexpr, SCALE: tl.constexpr, ROTATE: tl.constexpr, PLANES: tl.constexpr,
-    INTERPRET: tl.constexpr, PDL: tl.constexpr,
+    WORDS: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """RP > 0: program p of the P of a token computes RP values of t from p * RP on, STEP at a time.
     RP 0: without t; P more than 1 programs share a token's rows where none needs the others'."""
@@ -191,18 +174,16 @@ def _rows(
     if RP > 0:
         token = (tl.program_id(0) // P).to(tl.int64)
         part = tl.program_id(0) % P
-        pair = row * (COLS // 2) + tl.arange(0, COLS // 2)[None, :]  # a pair of channels is one byte of down
-        r = part * RP + tl.arange(0, STEP)[:, None, None]
-        d_at = down + r * (K // 2) + pair[None, :, :]
-        d_live = (pair < K // 2)[None, :, :]
-        d = tl.load(d_at, mask=d_live & (r < R), other=0)
+        r = part * RP + tl.arange(0, STEP)
+        d, ds = down_rows(down, down_scale, r, row, K, R, COLS, GROUP, WORDS)
     g, s, turn = gain, input_scale, rotation
     if KIND == "rms_norm":
         g = _load(gain + at, at < K, EXACT)
     if SCALE:
         s = _load(input_scale + at, at < K, EXACT)
     if ROTATE:
-        turn = tl.load(rotation + tl.arange(0, COLS)[:, None] * COLS + tl.arange(0, COLS)[None, :])
+        turn = tl.load(rotation + tl.arange(0, COLS)[:, None] * turn_stride + tl.arange(0, COLS)[None, :] * turn_step)
+        turn = round_to(turn.to(tl.float32), x.dtype.element_ty, INTERPRET)
     if PDL:
         tl.extra.cuda.gdc_wait()  # x comes from the kernel before; weights, gains and the rotation do not
     if RP > 0:
@@ -211,17 +192,16 @@ def _rows(
             K, x_stride, other_stride, eps, act_ratio,
             ROWS, COLS, EXACT, False, BITS, KEEP8, KIND, HAS_OTHER, SCALE, ROTATE, PLANES, INTERPRET,
         )  # fmt: skip
-        s_live = (row * COLS < K)[None, :, :] if GROUP % COLS == 0 else d_live
-        for i in tl.range(0, RP, STEP, num_stages=1):
-            byte = d
+        if WORDS:
+            even, odd = words_of(even, INTERPRET), words_of(odd, INTERPRET)
+        limit = tl.minimum(R, part * RP + RP)
+        for _ in tl.range(0, RP, STEP, num_stages=1):
+            now, s_now = d, ds
             if STEP < RP:  # the next rows, while these are multiplied
-                d_at += STEP * (K // 2)
-                d = tl.load(d_at, mask=d_live & (r + i + STEP < R) & (i + STEP < RP), other=0)
-            value = _t_values(
-                byte, even, odd, scale, down_scale, r + i, row, pair, s_live, R, K // GROUP, COLS, GROUP, BITS != 16
-            )  # fmt: skip
-            value = round_to(value, t.dtype.element_ty, INTERPRET)
-            tl.store(t + token * R + _in_planes(r + i, R), value, mask=r + i < R)
+                d, ds = down_rows(down, down_scale, r + STEP, row, K, limit, COLS, GROUP, WORDS)
+            value = t_values(now, s_now, even, odd, scale, GROUP % COLS == 0, BITS != 16, WORDS, INTERPRET)
+            tl.store(t + token * R + in_planes(r, R), round_to(value, t.dtype.element_ty, INTERPRET), mask=r < limit)
+            r += STEP
     else:
         _token(
             (tl.program_id(0) // P).to(tl.int64), row0, True,
@@ -242,7 +222,12 @@ class Plan(NamedTuple):
     warps: int
 
 
-def choose_plan(t: int, k: int, rank: int, group: int, block: int, apart: bool = False) -> Plan:
+def _in_words(k: int, group: int, columns: int, act_bits: int) -> bool:
+    """Whether t is made of integers, and of words of down that lie in one group and one row."""
+    return act_bits != 16 and (k | group | columns) % 8 == 0
+
+
+def choose_plan(t: int, k: int, rank: int, group: int, block: int, act_bits: int = 8, apart: bool = False) -> Plan:
     """The plan for a shape, by rule; block is 0 without rotation, rank 0 without down. apart: nothing is summed or
     compared over the values of a token."""
     # Rows of one group, where no rotation asks for another width: one scale a row.
@@ -251,18 +236,19 @@ def choose_plan(t: int, k: int, rank: int, group: int, block: int, apart: bool =
     if apart and rank == 0 and t * k > _LEAST_APART and t * (rows // 16) <= _ROW_PROGRAMS:
         return Plan(-(-k // (16 * columns)), 0, 1, 16, columns, 4)
     warps = 4 if rows * columns <= 2048 else 8 if rows * columns <= 8192 else 16
-    if rank == 0 or ((t > _MOST_ROWS or t * k > _MOST_REPEATED) and group % 64 == 0):
+    words = _in_words(k, group, columns, act_bits)
+    if rank == 0 or ((t > _MOST_ROWS[words] or t * k > _MOST_REPEATED[words]) and group % 64 == 0):
         return Plan(1, 0, 1, rows, columns, warps)
     padded = triton.next_power_of_2(rank)
     ranks = max(padded * t // _ROW_PROGRAMS, 1 if rows * columns > 8192 else 2)
     ranks = min(triton.next_power_of_2(ranks), padded)
-    # At most 16 bytes of down a thread at a time, and as many on their way: more would not stay in registers.
-    step = max(1, min(ranks, 1024 * warps // (rows * columns)))
+    # At most 16 bytes or words of down a thread at a time, and as many on their way: more would not stay in registers.
+    step = max(1, min(ranks, (4096 if words else 1024) * warps // (rows * columns)))
     return Plan(padded // ranks, ranks, step, rows, columns, warps)
 
 
 def unsupported(
-    x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio, planes=True
+    x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio, planes=True, defer_from=0
 ) -> str | None:
     """Why :func:`launch` cannot serve these arguments (those of ``tqcompile::prologue``), or None."""
     reason = device_reason(x.device)
@@ -297,8 +283,9 @@ def unsupported(
 
 
 def launch(
-    x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio, planes=True, plan=None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio, planes=True, defer_from=0,
+    plan=None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Run the kernels on arguments for which :func:`unsupported` returned None.
 
     Args: those of ``tqcompile::prologue``; ``plan`` overrides :func:`choose_plan` (tests, tuning).
@@ -310,6 +297,8 @@ def launch(
     operand = x.new_empty((*lead, k), dtype=x.dtype if act_bits == 16 else torch.int8)
     operand_scale = x.new_empty(0 if act_bits == 16 else (*lead, 1), dtype=torch.float32)
     t, h = x.new_empty((*lead, rank)), x.new_empty((*lead, k) if stream else 0)
+    if is_deferred(x, defer_from):
+        down = down_scale = None
     if operand.numel():
         args = (_as_rows(x), None if other is None else _as_rows(other), gain, input_scale, rotation)
         with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
@@ -330,8 +319,10 @@ def _run(
     rank = 0 if down is None else down.shape[0]
     group = k // down_scale.shape[1] if rank else 128
     separate = act_bits == 16 and kind != "rms_norm"
-    plan = plan or choose_plan(tokens, k, rank, group, 0 if rotation is None else rotation.shape[0], separate)
+    block = 0 if rotation is None else rotation.shape[0]
+    plan = plan or choose_plan(tokens, k, rank, group, block, act_bits, separate)
     apart = rank > 0 and plan.ranks == 0
+    words = plan.ranks > 0 and _in_words(k, group, plan.columns, act_bits)
     q8, q8_scale = operand, operand_scale
     if apart and act_bits == 4:
         q8, q8_scale = torch.empty_like(operand), torch.empty_like(operand_scale)
@@ -342,14 +333,16 @@ def _run(
     _rows[(tokens * plan.parts,)](
         x, nothing if other is None else other, nothing if gain is None else gain.contiguous(),
         nothing if input_scale is None else input_scale.contiguous(),
-        nothing if rotation is None else rotation.to(x.dtype).contiguous(),
-        down if rank else nothing, down_scale if rank else nothing,
+        nothing if rotation is None else rotation,
+        (down.view(torch.int32) if words else down) if rank else nothing, down_scale if rank else nothing,
         operand, operand_scale, q8, q8_scale, t, h,
-        tokens, k, rank, x.stride(0), 0 if other is None else other.stride(0), float(eps), float(act_ratio),
+        tokens, k, rank, x.stride(0), 0 if other is None else other.stride(0),
+        *((0, 0) if rotation is None else rotation.stride()), float(eps), float(act_ratio),
         P=plan.parts, RP=plan.ranks, STEP=plan.step, GROUP=group,
         ROWS=plan.rows, COLS=plan.columns, EXACT=plan.rows * plan.columns * (1 if plan.ranks else plan.parts) == k,
         BITS=act_bits, KEEP8=apart, KIND=kind, HAS_OTHER=other is not None,
-        SCALE=input_scale is not None, ROTATE=rotation is not None, PLANES=planes, INTERPRET=INTERPRET, PDL=dependent,
+        SCALE=input_scale is not None, ROTATE=rotation is not None, PLANES=planes, WORDS=words, INTERPRET=INTERPRET,
+        PDL=dependent,
         num_warps=plan.warps, **launch_options,
     )  # fmt: skip
     if apart:

@@ -18,26 +18,34 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from tqcompile.kernels.split_counters import split_counters
+from tqcompile.kernels.low_rank import run_low_rank
 from tqcompile.kernels.tuning import config_for, form_of, gpu_name
-from tqcompile.kernels.twin_linear import FLOATS, INTERPRET, MAX_RANK, MAX_UP_GROUPS, _form, _gpu, device_reason
+from tqcompile.kernels.twin_linear import (
+    FLOATS,
+    INTERPRET,
+    MAX_RANK,
+    MAX_UP_GROUPS,
+    _form,
+    _gpu,
+    _group_reason,
+    device_reason,
+)
 from tqcompile.kernels.twin_tile import twin_tile, unpack_planes
 
 try:
     from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+    from tqcompile.kernels.run_wgmma import run_wgmma
     from tqcompile.kernels.twin_gemv import twin_gemv
     from tqcompile.kernels.twin_skinny import twin_skinny
-    from tqcompile.kernels.twin_wgmma import twin_wgmma
 
     GLUON_REASON = None
 except ImportError as error:  # Gluon is experimental: a Triton release may move it
     GLUON_REASON = f"this Triton's Gluon cannot be imported ({error})"
 
+SHARED_BYTES = 227 * 1024  # of a Hopper multiprocessor
 _HALVES = (torch.float16, torch.bfloat16)
 _RANKS = (0, 32, 64, 128)  # of the wgmma form
-SHARED_BYTES = 227 * 1024  # of a Hopper multiprocessor
 # Microseconds of one K step of a tile of 128 rows on one H200 multiprocessor, by tokens of the tile. Measured.
 _STEP_US = {8: 0.34, 16: 0.34, 32: 0.34, 64: 0.35, 128: 0.43, 256: 0.69}
 _FLOAT_STEP_US = {8: 0.34, 16: 0.34, 32: 0.36, 64: 0.68, 128: 0.85, 256: 1.42}  # on an H100
@@ -45,13 +53,14 @@ DENSE_TOKENS = 512  # from here unpacking once is cheaper than unpacking in ever
 
 
 def unsupported(
-    operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend, dtype
-) -> str | None:
+    operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend, dtype,
+    down=None, down_scale=None, defer_from=0,
+) -> str | None:  # fmt: skip
     """Why :func:`launch` cannot serve these arguments (those of ``tqcompile::twin_gemm``), or None."""
     reason = device_reason(operand.device)
     if reason:
         return reason
-    tensors = (operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend)
+    tensors = (operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, down, down_scale, addend)
     if any(a is not None and a.device != operand.device for a in tensors):
         return "all tensors must be on one device"
     if any(a is not None and not a.is_contiguous() for a in (operand, *tensors[:-1])):
@@ -90,7 +99,11 @@ def unsupported(
     up_groups = up_scale.shape[1] if up_scale.dim() == 2 and up_scale.shape[0] == n else 0
     if not 1 <= up_groups <= MAX_UP_GROUPS or r % (2 * up_groups) or up_scale.dtype not in FLOATS:
         return f"up_scale must be floating point ({n}, 1 to {MAX_UP_GROUPS} groups of R={r})"
-    return None
+    if down is None:
+        return None
+    if down.dtype != torch.uint8 or down.shape != (r, k // 2):
+        return f"down must be uint8 ({r}, {k}/2), got {down.dtype} {tuple(down.shape)}"
+    return _group_reason("down", k, down_scale, r)
 
 
 class _Problem:
@@ -107,6 +120,14 @@ class _Problem:
         self.index = operand.device.index if operand.is_cuda else None
         self.sms = _gpu(self.index).multi_processor_count if operand.is_cuda else 132
         self.major = _gpu(self.index).major if operand.is_cuda else 0
+        self.dependent = self.major >= 9  # whether a kernel starts before its prologue has ended
+        self.low = None  # down and down_scale, where the wgmma form makes t
+
+    def stages(self, bm: int, ctas: int) -> int:
+        """Buffers of the wgmma form that fit into shared memory; it needs two."""
+        stage = 128 * 64 + 2 * bm * 64 * self.operand.itemsize
+        rest = 2 * bm * max(self.r, 8) + 2 * min(bm, 128) * 64 * 2 + 2048
+        return min(8, (SHARED_BYTES // ctas - rest) // stage)
 
     def kernels(self) -> list[str]:
         """Names of the kernels that can run it; "tile" is always among them."""
@@ -136,13 +157,6 @@ def fastest_split(tiles: int, steps: int, bm: int, sms: int, step_us: float) -> 
     return min((cost(s), s) for s in (1, 2, 3, 4, 6, 8) if s <= max(1, steps // 4))
 
 
-def _stages(p: _Problem, bm: int, ctas: int) -> int:
-    """Buffers of the wgmma form that fit into shared memory; it needs two."""
-    stage = 128 * 64 + 2 * bm * 64 * p.operand.itemsize
-    rest = 2 * bm * max(p.r, 8) + 2 * min(bm, 128) * 64 * 2 + 2048
-    return min(8, (SHARED_BYTES // ctas - rest) // stage)
-
-
 def choose(p: _Problem) -> dict:
     """The configuration of a problem, by rule."""
     can, weights, int8 = p.kernels(), p.n * p.k, p.operand == torch.int8
@@ -159,7 +173,7 @@ def choose(p: _Problem) -> dict:
         return {"kernel": "skinny", "rw": 2 if deep else 1, "ks": 8 if deep else 4, "unroll": 2}
     if "wgmma" in can:
         step_us = _STEP_US if int8 else _FLOAT_STEP_US
-        sizes = [bm for bm in step_us if min(p.t, 64) <= bm and (bm < 2 * p.t or bm == 8) and _stages(p, bm, 1) >= 2]
+        sizes = [bm for bm in step_us if min(p.t, 64) <= bm and (bm < 2 * p.t or bm == 8) and p.stages(bm, 1) >= 2]
         costs = [
             (*fastest_split(-(-p.n // 128) * -(-p.t // bm), p.k // 128, bm, p.sms, step_us[bm]), bm) for bm in sizes
         ]
@@ -203,8 +217,9 @@ def candidates(n: int, k: int, t: int, form: str) -> list[dict]:
 
 
 def launch(
-    operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend, dtype, config=None
-) -> torch.Tensor:
+    operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend, dtype,
+    down=None, down_scale=None, defer_from=0, config=None,
+) -> torch.Tensor:  # fmt: skip
     """Run a kernel on arguments for which :func:`unsupported` returned None.
 
     Args: those of ``tqcompile::twin_gemm``; ``config`` overrides the choice (tests, tuning).
@@ -218,8 +233,14 @@ def launch(
     if config is not None and not _fits(p, config):
         raise ValueError(f"twin_gemm: {config} cannot run this problem; possible kernels: {p.kernels()}")
     config = config or _configuration(p)
+    if down is not None and 0 < defer_from <= p.t:
+        t = torch.empty_like(t)
+        if config["kernel"] == "wgmma" and config["bm"] >= 16 and p.k // down_scale.shape[1] % 128 == 0:
+            p.low = (down, down_scale)
+        else:
+            run_low_rank(operand, operand_scale, down, down_scale, t, p.sms, p.dependent)
     addend = None if addend is None else addend.contiguous()
-    run = {"gemv": _run_gemv, "skinny": _run_skinny, "wgmma": _run_wgmma, "dense": _run_dense, "tile": _run_tile}
+    run = {"gemv": _run_gemv, "skinny": _run_skinny, "wgmma": run_wgmma, "dense": _run_dense, "tile": _run_tile}
     with torch.cuda.device(operand.device) if operand.is_cuda else contextlib.nullcontext():
         run[config["kernel"]](
             p, config, y, operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend
@@ -229,7 +250,7 @@ def launch(
 
 def describe(*args) -> str:
     """The name of the kernel that :func:`launch` uses for these arguments of ``tqcompile::twin_gemm``."""
-    operand, _, t, residual, residual_scale, channel_scale, _, up_scale, _, _, dtype = args
+    operand, _, t, residual, residual_scale, channel_scale, _, up_scale, _, _, dtype = args[:11]
     return _configuration(_Problem(operand, t, residual, residual_scale, channel_scale, up_scale, dtype))["kernel"]
 
 
@@ -244,13 +265,8 @@ def _configuration(p: _Problem) -> Mapping:
 
 
 def _fits(p: _Problem, config: Mapping) -> bool:
-    in_memory = config["kernel"] != "wgmma" or _stages(p, config["bm"], config["ctas"]) >= 2
+    in_memory = config["kernel"] != "wgmma" or p.stages(config["bm"], config["ctas"]) >= 2
     return in_memory and config["kernel"] in p.kernels()
-
-
-def _dependent(p: _Problem) -> bool:
-    """Whether to use programmatic dependent launch: the kernel starts before its prologue has ended."""
-    return p.major >= 9
 
 
 def _run_gemv(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias, addend) -> None:
@@ -259,8 +275,8 @@ def _run_gemv(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias
         x.view(torch.int32), x_scale, y if t is None else t, w.view(torch.int32), scale,
         w if up is None else up, scale if up is None else up_scale, _or(bias, y), _or(addend, y), y, p.n, p.k // 8,
         TOKENS=p.t, ROWS=rows, WARPS=warps, UNROLL=config["unroll"], G=p.k // p.group, WORDS=p.group // 8, R=p.r,
-        HAS_BIAS=bias is not None, HAS_ADDEND=addend is not None, PDL=_dependent(p),
-        num_warps=warps, launch_pdl=_dependent(p),
+        HAS_BIAS=bias is not None, HAS_ADDEND=addend is not None, PDL=p.dependent,
+        num_warps=warps, launch_pdl=p.dependent,
     )  # fmt: skip
 
 
@@ -282,42 +298,8 @@ def _run_skinny(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bi
         _or(bias, y), _or(addend, y), y, p.t, p.n, p.k // 8,
         TILES=-(-p.t // 8), RW=rw, KS=ks, UNROLL=config["unroll"], V=vector, G=groups, OWN=own,
         GROUP_STEPS=p.group // 128, R=p.r, FLOAT=kind,
-        HAS_BIAS=bias is not None, HAS_ADDEND=addend is not None, PDL=_dependent(p),
-        num_warps=rw * ks, launch_pdl=_dependent(p),
-    )  # fmt: skip
-
-
-def _shared(rows_bytes: int, bits: int):
-    return gl.NVMMASharedLayout(min(128, rows_bytes), bits, rank=2)
-
-
-def _run_wgmma(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias, addend) -> None:
-    bm, splits, ctas = config["bm"], config["splits"], config["ctas"]
-    pieces = 2 if bm == 256 else 1
-    x, y2 = x.view(-1, p.k), y.view(-1, p.n)
-    tiles = -(-p.n // 128) * -(-p.t // bm)
-    programs = tiles * splits if splits > 1 else min(tiles, ctas * p.sms)
-    partials, counters = y, y
-    if splits > 1:
-        sums = torch.int32 if x.dtype == torch.int8 else torch.float32
-        partials = torch.empty(programs * 4 * 64 * bm, dtype=sums, device=y.device)
-        counters = split_counters(y.device, 2 * tiles)
-    half = p.r // 2 if p.r else 32
-    t2 = y2.new_empty(bm, half) if t is None else t.view(-1, p.r)
-    added = y2 if addend is None else addend.to(y.dtype).view(-1, p.n)
-    registers = {} if ctas == 1 else {"maxnreg": {2: 80, 3: 56}[ctas]}
-    twin_wgmma[(programs,)](
-        TensorDescriptor.from_tensor(w.view(torch.int8), [64, 64], _shared(64, 8)),
-        TensorDescriptor.from_tensor(x, [bm, 64], _shared(64 * x.element_size(), 8 * x.element_size())),
-        TensorDescriptor.from_tensor(t2, [bm, half], _shared(2 * half, 16)),
-        TensorDescriptor.from_tensor(y2, [bm // pieces, 64], _shared(128, 16)),
-        TensorDescriptor.from_tensor(added, [bm // pieces, 64], _shared(128, 16)),
-        scale, channel, _or(x_scale, channel), w if up is None else up, scale if up is None else up_scale,
-        _or(bias, y), partials, counters, p.t, p.n, p.k,
-        BM=bm, STAGES=_stages(p, bm, ctas), GROUP_STEPS=p.group // 128, R=p.r, SPLIT=splits > 1,
-        HAS_BIAS=bias is not None, HAS_ADDEND=addend is not None, PIECES=pieces,
-        REGISTERS={1: 240, 2: 104, 3: 72}[ctas], PDL=_dependent(p),
-        num_warps=4, launch_pdl=_dependent(p), **registers,
+        HAS_BIAS=bias is not None, HAS_ADDEND=addend is not None, PDL=p.dependent,
+        num_warps=rw * ks, launch_pdl=p.dependent,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ import torch.fx
 
 from tqcompile import ops  # noqa: F401  (registers the ops)
 from tqcompile.ops.packing import integer_scales
+from tqcompile.ops.twin_gemm import defer_from_of
 from tqcompile.passes.base import Pass
 from tqcompile.passes.buffers import (
     attach_buffer,
@@ -54,6 +55,15 @@ class _Site:
     act_bits: int
     act_ratio: float
     planes: bool = True  # the order of 16-bit operands
+
+    @property
+    def defer_from(self) -> int:
+        """Number of tokens from which the linears make t themselves; 0: never. What one of them would not do beside its
+        product is done once, in the prologue."""
+        if self.act_bits == 4 or not self.planes or _down(op_arguments(self.twins[0]))[0] is None:
+            return 0
+        given = (op_arguments(twin) for twin in self.twins)
+        return max(defer_from_of(*_shape(one["residual"])) for one in given)
 
 
 class FusePrologue(Pass):
@@ -228,7 +238,7 @@ class FusePrologue(Pass):
             down = [gm.graph.get_attr(n.target) if n and n.op == "get_attr" else n for n in _down(twin)]
             args = (producer.x, producer.other, producer.gain)
             args += (site.transform.get("input_scale"), site.transform.get("rotation"), *down)
-            args += (producer.kind, producer.eps, site.act_bits, site.act_ratio, site.planes)
+            args += (producer.kind, producer.eps, site.act_bits, site.act_ratio, site.planes, site.defer_from)
             prologue = call_op(gm.graph, PROLOGUE, args, site.at.meta)
             names = {"operand": 0}
             if site.act_bits != 16:
@@ -246,7 +256,9 @@ class FusePrologue(Pass):
             channel = self._channel_scale(gm, given["residual_scale"], channel_scales)
             args = (parts["operand"], parts.get("operand_scale"), parts.get("t"))
             args += (given["residual"], given["residual_scale"], channel, given["up"], given["up_scale"])
-            return call_op(gm.graph, GEMM, (*args, given["bias"], addend, site.dtype), twin.meta)
+            down = _down(given) if site.defer_from else (None, None)
+            args += (given["bias"], addend, site.dtype, *down, site.defer_from)
+            return call_op(gm.graph, GEMM, args, twin.meta)
 
     def _channel_scale(self, gm, scale: torch.fx.Node, known: dict[str, str | None]) -> torch.fx.Node | None:
         """The row factor of the residual scales, (N,) float32, as a buffer; None when they have no integer form."""
@@ -272,6 +284,12 @@ def _exact_form(scale: torch.Tensor) -> torch.Tensor | None:
 
 def _down(twin: dict) -> tuple[torch.fx.Node | None, torch.fx.Node | None]:
     return twin.get("down"), twin.get("down_scale")
+
+
+def _shape(packed: torch.fx.Node) -> tuple[int, int]:
+    """(N, K) of packed weights."""
+    n, half = example_value(packed).shape
+    return n, 2 * half
 
 
 def _quantized_site(node: torch.fx.Node) -> _Site | str:

@@ -24,10 +24,11 @@ def worst(value: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> floa
 
 def worst_twin_gemm(
     y, operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend, dtype,
-    rows=4096, dense=False,
+    down=None, down_scale=None, defer_from=0, rows=4096, dense=False,
 ) -> float:  # fmt: skip
     """Largest error of y over its bound. ``rows`` of N at a time limit memory. ``dense``: the kernel rounds unpacked
-    weights, and the two products, to ``dtype``.
+    weights, and the two products, to ``dtype``. With ``down`` and enough tokens t is what it should be, and off by its
+    own sums and its rounding to ``dtype``.
 
     Counted: fp32 sums over K (int8 sums are exact inside a step; two units a product of floats, which tensor cores may
     cut off), scaling, the sum over R, the additions of bias and addend, the output rounding.
@@ -40,6 +41,15 @@ def worst_twin_gemm(
         scale = operand_scale.double().reshape(-1, 1)
     sums = k // MIN_STEP + MAX_SPLITS + 12 + (0 if operand.dtype == torch.int8 else 2 * MAX_STEP)
     half, largest = torch.finfo(dtype).eps / 2, 0.0
+    narrow = t_error = None
+    if down is not None and 0 < defer_from <= wide.shape[0]:
+        d = unpacked(down, down_scale)
+        narrow = wide @ d.T * scale
+        t_error = sums * U32 * (wide.abs() @ d.abs().T * scale)
+        t_error = t_error * (1 + half) + half * narrow.abs() + _absolute_floor(dtype)
+    elif t is not None:
+        narrow = natural_order(t.double().reshape(-1, t.shape[-1]))
+        t_error = torch.zeros_like(narrow)
     flat = y.reshape(-1, n)
     for i in range(0, n, rows):
         some = slice(i, i + rows)
@@ -48,10 +58,10 @@ def worst_twin_gemm(
         largest_sum = wide.abs() @ w.abs().T * scale
         error = (sums * U32 + dense * half) * largest_sum + dense * half * exact.abs()
         if t is not None:
-            u, narrow = unpacked(up[some], up_scale[some]), natural_order(t.double().reshape(-1, t.shape[-1]))
+            u = unpacked(up[some], up_scale[some])
             exact = exact + narrow @ u.T
-            error = error + ((2 * t.shape[-1] + 8) * U32 + dense * half) * (narrow.abs() @ u.abs().T)
-            error = error + dense * half * exact.abs()
+            error = error + ((2 * t.shape[-1] + 8) * U32 + dense * half) * ((narrow.abs() + t_error) @ u.abs().T)
+            error = error + t_error @ u.abs().T + dense * half * exact.abs()
         for term in (bias, addend):
             if term is not None:
                 part = term.double().reshape(-1, n)[:, some]
@@ -110,6 +120,13 @@ def worst_plain_prologue(results, x, input_scale, rotation, down, down_scale, ac
         error = error + halfway @ d.abs().T * scale
     bound = error * (1 + half) + half * exact.abs() + _absolute_floor(x.dtype)
     return {**found, "t": worst(natural_order(t).reshape(-1, d.shape[0]), exact, bound)}
+
+
+def random_down(rank: int, k: int, group: int, dtype, device="cpu", seed=0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(down, down_scale) with any scales."""
+    g = torch.Generator(device).manual_seed(seed + 1)
+    packed = torch.randint(0, 256, (rank, k // 2), dtype=torch.uint8, generator=g, device=device)
+    return packed, ((torch.rand(rank, k // group, generator=g, device=device) + 0.1) * 0.01).to(dtype)
 
 
 def grid_scales(rows: int, groups: int, top: float, generator: torch.Generator, device="cpu"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gemm_bounds import random_gemm_args, worst_twin_gemm
+from gemm_bounds import random_down, random_gemm_args, worst_twin_gemm
 
 pytest.importorskip("triton")
 from tqcompile.kernels import twin_gemm as kernel
@@ -78,6 +78,49 @@ def test_odd_shapes_are_within_their_bound(config, t, n, k, rank, operand, dtype
     assert worst_twin_gemm(run(args, config), *args) <= 1
 
 
+# t made in the product: config, t, n, k, rank, group of down, operand, dtype, options
+DEFERRED = [
+    (wgmma(16, ctas=3), 13, 200, 384, 64, 128, INT8, BF16, {"addend": True}),
+    (wgmma(32, 4, ctas=2), 33, 136, 2048, 32, 256, INT8, FP16, {}),
+    (wgmma(64, 2, ctas=2), 100, 264, 1152, 64, 384, INT8, BF16, {"group": 384}),
+    (wgmma(128), 300, 264, 640, 128, 128, INT8, BF16, {"bias": False}),
+    (wgmma(128, 8), 130, 264, 4096, 128, 512, INT8, BF16, {"addend": True}),
+    (wgmma(256), 257, 1000, 384, 64, 128, INT8, FP16, {"addend": True}),
+    (wgmma(256, 3), 700, 136, 1536, 128, 128, INT8, BF16, {}),
+    (wgmma(256), 3000, 4096, 256, 64, 128, INT8, BF16, {}),
+    (wgmma(16, 3, ctas=3), 13, 200, 2048, 128, 128, FP16, FP16, {"bias": False}),
+    (wgmma(64, 2, ctas=2), 100, 264, 1152, 64, 128, BF16, BF16, {}),
+    (wgmma(256), 700, 136, 1536, 64, 256, BF16, BF16, {"addend": True}),
+    (wgmma(128), 130, 264, 512, 64, 64, INT8, BF16, {}),  # groups of 64: t in a launch of its own
+    (wgmma(8), 5, 264, 512, 64, 128, INT8, BF16, {}),
+    (SKINNY, 9, 1000, 2048, 64, 128, FP16, FP16, {}),
+    ({"kernel": "dense"}, 40, 264, 512, 32, 128, BF16, BF16, {}),
+    (None, 33, 130, 384, 48, 192, INT8, torch.float32, {"group": 64}),
+]
+
+
+@pytest.mark.parametrize(("config", "t", "n", "k", "rank", "group", "operand", "dtype", "options"), DEFERRED)
+def test_t_that_was_left_to_it_is_within_its_bound(config, t, n, k, rank, group, operand, dtype, options):
+    args = list(random_args(t, n, k, rank, operand, dtype, **options))
+    args[2] = torch.full_like(args[2], float("nan"))
+    args += [*random_down(rank, k, group, dtype, "cuda"), 1]
+    dense = config is not None and config["kernel"] == "dense"
+    first = run(args, config)
+    assert worst_twin_gemm(first, *args, dense=dense) <= 1
+    for _ in range(50):
+        assert torch.equal(kernel.launch(*args, config=config), first)
+
+
+@pytest.mark.parametrize("operand", [INT8, BF16])
+@pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)])
+def test_t_is_made_beside_the_product_of_layer_shapes(n, k, operand):
+    for t in (64, 256, 500, 2048):
+        args = [*random_args(t, n, k, 64, operand, BF16, seed=t), *random_down(64, k, 128, BF16, "cuda"), 64]
+        dense = kernel.describe(*args) == "dense"
+        worst = worst_twin_gemm(run(args), *args, dense=dense)
+        assert worst <= 1, f"T={t}: error is {worst:.3g} times its bound"
+
+
 @pytest.mark.parametrize("operand", [INT8, BF16])
 @pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)])
 def test_layer_shapes_are_within_their_bound(n, k, operand):
@@ -113,6 +156,9 @@ def test_no_tokens():
 def test_a_thousand_launches_give_the_same_bits(t, operand):
     args = random_args(t, 4096, 4096, 64, operand, BF16)
     first = run(args)
+    if t > 100:
+        args = (*args, *random_down(64, 4096, 128, BF16, "cuda"), 1)
+        first = run(args)
     different = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(1000):
         different += (kernel.launch(*args).view(torch.int16) != first.view(torch.int16)).sum()
@@ -138,13 +184,13 @@ def test_prologue_and_gemm_in_a_graph_equal_eager(t):
     from tqcompile.kernels import prologue
 
     args = random_args(t, 4096, 4096, 64, INT8, BF16)
-    down = torch.randint(0, 256, (64, 2048), dtype=torch.uint8, device="cuda")
-    down_scale = torch.rand(64, 32, device="cuda").add_(0.1).mul_(0.01).bfloat16()
+    down = random_down(64, 4096, 128, BF16, "cuda")
     x = torch.randn(t, 4096, device="cuda", dtype=BF16)
 
     def both():
-        operand, scale, low_rank, _ = prologue.launch(x, None, None, None, None, down, down_scale, "none", 0.0, 8, 0.0)
-        return kernel.launch(operand, scale, low_rank, *args[3:]), operand, scale, low_rank
+        given = (x, None, None, None, None, *down, "none", 0.0, 8, 0.0, True, 33)
+        operand, scale, low_rank, _ = prologue.launch(*given)
+        return kernel.launch(operand, scale, low_rank, *args[3:], *down, 33), operand, scale, low_rank
 
     for _ in range(2):
         both()
@@ -159,4 +205,4 @@ def test_prologue_and_gemm_in_a_graph_equal_eager(t):
         torch.cuda.synchronize()
         eager, operand, scale, low_rank = both()
         assert torch.equal(y, eager)
-        assert worst_twin_gemm(y, operand, scale, low_rank, *args[3:]) <= 1
+        assert worst_twin_gemm(y, operand, scale, low_rank, *args[3:], *down, 33) <= 1

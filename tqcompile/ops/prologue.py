@@ -6,6 +6,8 @@
     q, scale = quantize_activation(v, input_scale, rotation)
     t = (q @ down^T) * scale                the rank-R intermediate, rounded to the dtype of x
 
+From ``defer_from`` tokens on t is left to ``twin_gemm``, which can make it beside its own product.
+
 Every value is rounded where the modules of transformers and ``twin_linear`` round it. The 8-bit q feeds t at any
 ``act_bits``; what ``twin_gemm`` reads is q itself, its 4-bit rounding, or the transformed v. For ``lattice_linear``
 v comes in natural order.
@@ -17,7 +19,7 @@ from torch.nn.functional import silu
 from tqcompile.ops.dispatch import kernel_or_reason
 from tqcompile.ops.packing import dequantize_int4
 from tqcompile.ops.quantize_activation import check_transform, quantize_activation_reference, transform_activation
-from tqcompile.ops.twin_gemm import to_planes
+from tqcompile.ops.twin_gemm import is_deferred, to_planes
 
 KINDS = ("none", "rms_norm", "silu_mul")
 _Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -36,6 +38,7 @@ def prologue_reference(
     act_bits: int,
     act_ratio: float,
     planes: bool = True,
+    defer_from: int = 0,
 ) -> _Result:
     """Plain-torch definition of the op; also the CPU kernel. See :func:`prologue`."""
     v, h = _produce(x, other, gain, kind, eps)
@@ -50,6 +53,8 @@ def prologue_reference(
             operand_scale = operand_scale / act_ratio
     if down is None:
         t = x.new_empty((*x.shape[:-1], 0))
+    elif is_deferred(x, defer_from):
+        t = x.new_full((*x.shape[:-1], down.shape[0]), float("nan"))
     else:
         t = to_planes((torch.matmul(wide, dequantize_int4(down, down_scale).t()) * scale).to(x.dtype))
     return to_planes(q) if planes else q.clone(), operand_scale, t, h
@@ -83,6 +88,7 @@ def prologue(
     act_bits: int,
     act_ratio: float,
     planes: bool = True,
+    defer_from: int = 0,
 ) -> _Result:
     """Norm or gate, transform, quantization and the down projection of one linear, or of several that share them.
 
@@ -95,25 +101,31 @@ def prologue(
         kind: "none", "rms_norm" or "silu_mul". eps: of the norm.
         act_bits: 4, 8 or 16. act_ratio: for 4, the factor from the 8-bit to the 4-bit integer (> 0); else 0.
         planes: False, for 16 bits without ``down``: the operand in natural order, as ``lattice_linear`` reads it.
+        defer_from: number of tokens from which t is left to a ``twin_gemm`` with the same number; 0: never. Not for 4
+            bits, where t is of integers that ``twin_gemm`` does not see.
     Returns:
         operand: (..., K), int8 for 8 and 4 bits, dtype of x for 16, in plane order (ops/twin_gemm.py).
         operand_scale: (..., 1) float32; for 16 bits empty, (0,).
-        t: (..., R), dtype of x, in plane order; (..., 0) without ``down``.
+        t: (..., R), dtype of x, in plane order; (..., 0) without ``down``; values without a meaning where deferred.
         h: x + other, (..., K), where "rms_norm" has ``other``; else empty, (0,).
     """
-    args = (x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio, planes)
+    args = (x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio, planes, defer_from)
     return prologue_reference(*args)
 
 
 @prologue.register_kernel("cuda")
-def _(x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio, planes=True):
-    args = (x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio, planes)
+def _(
+    x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio, planes=True, defer_from=0
+):
+    args = (x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio, planes, defer_from)
     launch = kernel_or_reason("prologue", *args)
     return (launch or prologue_reference)(*args)
 
 
 @prologue.register_fake
-def _(x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio, planes=True):
+def _(
+    x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio, planes=True, defer_from=0
+):
     k, rows = x.shape[-1], x.shape[:-1]
     torch._check(x.is_floating_point(), lambda: f"x must be floating point, got {x.dtype}")
     torch._check(k % 2 == 0, lambda: f"K must be even, got {k}")
@@ -123,6 +135,7 @@ def _(x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bi
     torch._check(kind != "silu_mul" or other is not None, lambda: 'kind "silu_mul" needs other')
     torch._check(act_bits in (4, 8, 16), lambda: f"act_bits must be 4, 8 or 16, got {act_bits}")
     torch._check((act_bits == 4) == (act_ratio > 0), lambda: "act_ratio > 0 belongs to 4 bits")
+    torch._check(act_bits != 4 or defer_from == 0, lambda: "defer_from is not for 4 bits")
     natural = act_bits == 16 and down is None
     torch._check(planes or natural, lambda: "natural order is for act_bits 16 without down")
     for name, value, shape in (("other", other, x.shape), ("gain", gain, (k,))):

@@ -24,6 +24,18 @@ def from_planes(planes: torch.Tensor) -> torch.Tensor:
     return torch.stack(planes.tensor_split(2, -1), -1).flatten(-2)
 
 
+def defer_from_of(n: int, k: int) -> int:
+    """Number of tokens from which ``twin_gemm`` makes t of an (N, K) layer beside its own product: where a Hopper GPU
+    takes its ``wgmma`` kernel (kernels/twin_gemm.py). A ``prologue`` of fewer tokens makes t in its one launch."""
+    weights = n * k
+    return 33 if weights <= 2**24 else 17 if weights < 2**26 else 9
+
+
+def is_deferred(operand: torch.Tensor, defer_from: int) -> bool:
+    """Whether ``prologue`` leaves t of these (..., K) tokens to ``twin_gemm``."""
+    return 0 < defer_from <= operand.shape[:-1].numel()
+
+
 def twin_gemm_reference(
     operand: torch.Tensor,
     operand_scale: torch.Tensor | None,
@@ -36,12 +48,18 @@ def twin_gemm_reference(
     bias: torch.Tensor | None,
     addend: torch.Tensor | None,
     dtype: torch.dtype,
+    down: torch.Tensor | None = None,
+    down_scale: torch.Tensor | None = None,
+    defer_from: int = 0,
 ) -> torch.Tensor:
     """Plain-torch definition of the op; also the CPU kernel. See :func:`twin_gemm`."""
     wide = from_planes(operand).float()
     y = torch.matmul(wide, dequantize_int4(residual, residual_scale).t())
     if operand_scale is not None:
         y = y * operand_scale
+    if down is not None and is_deferred(operand, defer_from):
+        low = torch.matmul(wide, dequantize_int4(down, down_scale).t())
+        t = to_planes((low if operand_scale is None else low * operand_scale).to(t.dtype))
     if t is not None:
         y = y + torch.matmul(from_planes(t).float(), dequantize_int4(up, up_scale).t())
     if bias is not None:
@@ -64,6 +82,9 @@ def twin_gemm(
     bias: torch.Tensor | None,
     addend: torch.Tensor | None,
     dtype: torch.dtype,
+    down: torch.Tensor | None = None,
+    down_scale: torch.Tensor | None = None,
+    defer_from: int = 0,
 ) -> torch.Tensor:
     """Residual product, up projection of t, bias and addend, rounded once at the end.
 
@@ -79,23 +100,33 @@ def twin_gemm(
         bias: (N,) or None.
         addend: (..., N), the residual stream, or None.
         dtype: dtype of the result.
+        down, down_scale, defer_from: those of the ``prologue`` that made operand and t, or None, None and 0. From
+            ``defer_from`` tokens on, if that is not 0, the values of t are not read but made here, from the operand.
     Returns:
         (..., N) of ``dtype``.
     """
-    return twin_gemm_reference(
-        operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend, dtype
-    )
+    args = (operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend, dtype)
+    return twin_gemm_reference(*args, down, down_scale, defer_from)
 
 
 @twin_gemm.register_kernel("cuda")
-def _(operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend, dtype):
-    args = (operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend, dtype)
+def _(
+    operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend, dtype,
+    down=None, down_scale=None, defer_from=0,
+):  # fmt: skip
+    args = (
+        operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend, dtype,
+        down, down_scale, defer_from,
+    )  # fmt: skip
     launch = kernel_or_reason("twin_gemm", *args)
     return (launch or twin_gemm_reference)(*args)
 
 
 @twin_gemm.register_fake
-def _(operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend, dtype):
+def _(
+    operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend, dtype,
+    down=None, down_scale=None, defer_from=0,
+):  # fmt: skip
     k, n, rows = operand.shape[-1], residual.shape[0], operand.shape[:-1]
     integer = operand.dtype == torch.int8
     torch._check(integer == (operand_scale is not None), lambda: "int8 operand comes with operand_scale, float without")
@@ -108,6 +139,10 @@ def _(operand, operand_scale, t, residual, residual_scale, channel_scale, up, up
         r = t.shape[-1]
         torch._check(t.shape[:-1] == rows, lambda: f"t must have the leading dimensions {tuple(rows)}")
         torch._check(up.shape == (n, r // 2), lambda: f"up must be ({n}, {r}/2), got {tuple(up.shape)}")
+        if down is not None:
+            torch._check(down.shape == (r, k // 2), lambda: f"down must be ({r}, {k}/2), got {tuple(down.shape)}")
+    torch._check((down is None) == (down_scale is None), lambda: "down and down_scale come together")
+    torch._check(down is None or t is not None, lambda: "down without t")
     for name, vector in (("channel_scale", channel_scale), ("bias", bias)):
         if vector is not None:
             torch._check(vector.shape == (n,), lambda name=name: f"{name} must be ({n},)")

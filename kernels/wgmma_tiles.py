@@ -1,0 +1,150 @@
+"""What the ``wgmma`` kernels share: which tile and which steps of K a program has, weights unpacked to the register
+operand, the sum of a tile's parts, and hand-over of values between programs of one launch."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+ROWS = gl.constexpr(128)  # of a tile
+BAND = gl.constexpr(8)  # token tiles that run together, so that they share weights and x in the L2 cache
+
+# 4 packed bytes -> the low nibbles times m in $0, the high ones in $1. With u = q + 8 the bytes of u * m + 128 - 8 m
+# are q * m + 128 in 0 .. 240: no carries, and flipping the top bits leaves q * m. $3: m; $7: the four 128 - 8 m.
+_UNPACK = gl.constexpr("""{ .reg .b32 l, h;
+    and.b32 l, $2, 0x0F0F0F0F; xor.b32 l, l, 0x08080808;
+    shr.u32 h, $2, 4; and.b32 h, h, 0x0F0F0F0F; xor.b32 h, h, 0x08080808;
+    mad.lo.u32 l, l, $3, $7; mad.lo.u32 h, h, $3, $7;
+    xor.b32 $0, l, 0x80808080; xor.b32 $1, h, 0x80808080; }""")
+# The same to floats: $0, $1 the low nibbles times m, $2, $3 the high ones. A byte u = q + 8 under the byte of 128.0
+# (bf16; 1024.0 in fp16) is the number 128 + u, and (128 + u) * m - 136 * m is exact. $5, $6: m; $7, $8: -136 m.
+_FLOATS = """{ .reg .b32 l, h;
+    lop3.b32 l, $4, 0x0F0F0F0F, 0x08080808, 0x6A;
+    shr.u32 h, $4, 4; lop3.b32 h, h, 0x0F0F0F0F, 0x08080808, 0x6A;
+    prmt.b32 $0, l, BASE, 0x4140; prmt.b32 $1, l, BASE, 0x4342;
+    prmt.b32 $2, h, BASE, 0x4140; prmt.b32 $3, h, BASE, 0x4342;
+    fma.rn.TYPE $0, $0, $5, $7; fma.rn.TYPE $1, $1, $6, $8;
+    fma.rn.TYPE $2, $2, $5, $7; fma.rn.TYPE $3, $3, $6, $8; }"""
+_UNPACK_BF16 = gl.constexpr(_FLOATS.replace("BASE", "0x43434343").replace("TYPE", "bf16x2"))
+_UNPACK_FP16 = gl.constexpr(_FLOATS.replace("BASE", "0x64646464").replace("TYPE", "f16x2"))
+
+
+@gluon.jit
+def tile_at(number, tiles_n, tiles_m, BM: gl.constexpr):
+    """First row and first token of a tile."""
+    band = number // (BAND * tiles_n)
+    height = gl.minimum(tiles_m - BAND * band, BAND)
+    inside = number % (BAND * tiles_n)
+    return (inside // height) * ROWS, (BAND * band + inside % height) * BM
+
+
+@gluon.jit
+def items_of(early, items):
+    """(a, b): how many of the ``early`` items, of which the first programs have one more, and of the other items, of
+    which the last programs have one more, are this program's."""
+    pid, programs = gl.program_id(0), gl.num_programs(0)
+    return (early + programs - 1 - pid) // programs, (items + pid) // programs
+
+
+@gluon.jit
+def early_item(i, parts):
+    """(tile, part) of this program's i-th early item, for tiles in ``parts`` parts of K."""
+    item = gl.program_id(0) + i * gl.num_programs(0)
+    return item // parts, item % parts
+
+
+@gluon.jit
+def item_at(i, whole, parts, SPLIT: gl.constexpr):
+    """(tile, part, of how many parts of K) of this program's i-th item: first come ``whole`` tiles as they are, then
+    with SPLIT the others in ``parts`` parts."""
+    item = gl.num_programs(0) - 1 - gl.program_id(0) + i * gl.num_programs(0)
+    if SPLIT:
+        tile, part, of = item, item * 0, item * 0 + 1
+        if item >= whole:
+            tile, part, of = whole + (item - whole) // parts, (item - whole) % parts, parts
+        return tile, part, of
+    return item, 0, 1
+
+
+@gluon.jit
+def int8_operand(w, scale, inverse):
+    """Packed bytes (64, 64) -> q * m of the low and of the high nibbles, int8 (64, 64) each. m = scale * inverse."""
+    m = (scale.to(gl.float32) * inverse + 0.5).to(gl.int32)
+    offset = m * -0x08080808 - 2139062144  # four bytes of 128 - 8 m
+    args = [w, gl.expand_dims(m, 1), gl.expand_dims(offset, 1)]
+    return gl.inline_asm_elementwise(
+        _UNPACK, "=&r,=&r,r,r,r,r,r,r,r,r,r", args, dtype=(gl.int8, gl.int8), is_pure=False, pack=4
+    )
+
+
+@gluon.jit
+def float_operand(w, scale, inverse, FLOAT: gl.constexpr):
+    """As :func:`int8_operand`, to 16-bit floats."""
+    m = gl.floor(scale.to(gl.float32) * inverse + 0.5)
+    if gl.bfloat16 == FLOAT:
+        args = [w, gl.expand_dims(m.to(FLOAT), 1), gl.expand_dims((m * -136).to(FLOAT), 1)]
+        low, high = gl.inline_asm_elementwise(
+            _UNPACK_BF16, "=&r,=&r,=&r,=&r,r,r,r,r,r", args, dtype=(gl.bfloat16, gl.bfloat16), is_pure=False, pack=4
+        )
+    else:
+        args = [w, gl.expand_dims(m.to(FLOAT), 1), gl.expand_dims((m * -1032).to(FLOAT), 1)]
+        low, high = gl.inline_asm_elementwise(
+            _UNPACK_FP16, "=&r,=&r,=&r,=&r,r,r,r,r,r", args, dtype=(gl.float16, gl.float16), is_pure=False, pack=4
+        )
+    return low, high
+
+
+@gluon.jit
+def add_parts(acc, first, part, parts, partials, counter, HALF: gl.constexpr, BM: gl.constexpr):
+    """Store a part of a tile, acc (64, at most BM) int32 or fp32, as number ``first`` + part; True and the sum of all
+    parts for the program that stores the last one."""
+    WIDTH: gl.constexpr = acc.shape[1]
+    PLACE: gl.constexpr = 64 * BM
+    # In the order of the registers: 16 bytes a thread, 512 a warp.
+    flat = gl.reshape(gl.permute(gl.reshape(acc, [4, 2, 8, WIDTH // 8, 4, 2]), (0, 3, 2, 4, 1, 5)), [64 * WIDTH])
+    at = gl.arange(0, 64 * WIDTH, flat.type.layout)
+    partials = partials.to(gl.pointer_type(acc.dtype), bitcast=True)
+    gl.store(partials + (2 * (first + part) + HALF).to(gl.int64) * PLACE + at, flat)
+    gl.thread_barrier()  # all stores come before the one thread's release
+    is_last = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == parts - 1
+    if is_last:
+        if acc.dtype != gl.int32:  # in one order; integers need none, and keep their own part in registers
+            flat = gl.zeros_like(flat)
+        for other in range(parts):
+            if (other != part) | (acc.dtype != gl.int32):
+                theirs = (2 * (first + other) + HALF).to(gl.int64) * PLACE
+                flat += gl.load(partials + theirs + at, cache_modifier=".cg")
+        gl.store(counter, 0)  # clean for the next launch and for graph replay
+    summed = gl.permute(gl.reshape(flat, [4, WIDTH // 8, 8, 4, 2, 2]), (0, 4, 2, 1, 3, 5))
+    return is_last, gl.convert_layout(gl.reshape(summed, [64, WIDTH]), acc.type.layout)
+
+
+@gluon.jit
+def hand_over(counter):
+    """All stores of this warpgroup before; then one more on the counter."""
+    gl.inline_asm_elementwise(
+        "fence.proxy.async; mov.b32 $0, 0;", "=r,l", [counter.to(gl.int64, bitcast=True)], dtype=gl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+    gl.thread_barrier()  # all stores come before the one thread's release
+    gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+
+
+@gluon.jit
+def take_over(counter, givers):
+    """Wait until ``givers`` warpgroups have handed over; what they stored can then be copied with TMA."""
+    gl.inline_asm_elementwise(
+        """{ .reg .pred early; .reg .b32 value;
+        again: ld.acquire.gpu.global.b32 value, [$1];
+        setp.lt.s32 early, value, $2;
+        @early bra again;
+        fence.proxy.async; mov.b32 $0, value; }""",
+        "=r,l,r", [counter.to(gl.int64, bitcast=True), givers], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def reset_after_all(counters, number):
+    """The last program to come here sets the counters to zero, for the next launch and for graph replay, and so the one
+    behind them, which counts the programs."""
+    if gl.atomic_add(counters + number, 1, sem="acq_rel", scope="gpu") == gl.num_programs(0) - 1:
+        for i in range(number + 1):
+            gl.store(counters + i, 0)
