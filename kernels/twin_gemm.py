@@ -31,6 +31,7 @@ from tqcompile.kernels.twin_linear import (
     device_reason,
 )
 from tqcompile.kernels.twin_tile import twin_tile, unpack_planes
+from tqcompile.ops.twin_gemm import is_deferred
 
 try:
     from triton.experimental.gluon import language as gl
@@ -233,15 +234,15 @@ def launch(
     if config is not None and not _fits(p, config):
         raise ValueError(f"twin_gemm: {config} cannot run this problem; possible kernels: {p.kernels()}")
     config = config or _configuration(p)
-    if down is not None and 0 < defer_from <= p.t:
-        t = torch.empty_like(t)
-        if config["kernel"] == "wgmma" and config["bm"] >= 16 and p.k // down_scale.shape[1] % 128 == 0:
-            p.low = (down, down_scale)
-        else:
-            run_low_rank(operand, operand_scale, down, down_scale, t, p.sms, p.dependent)
     addend = None if addend is None else addend.contiguous()
     run = {"gemv": _run_gemv, "skinny": _run_skinny, "wgmma": run_wgmma, "dense": _run_dense, "tile": _run_tile}
     with torch.cuda.device(operand.device) if operand.is_cuda else contextlib.nullcontext():
+        if down is not None and is_deferred(operand, defer_from):
+            t = torch.empty_like(t)
+            if config["kernel"] == "wgmma" and config["bm"] >= 16 and p.k // down_scale.shape[1] % 128 == 0:
+                p.low = (down, down_scale)
+            else:
+                run_low_rank(operand, operand_scale, down, down_scale, t, p.sms, p.dependent)
         run[config["kernel"]](
             p, config, y, operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend
         )
