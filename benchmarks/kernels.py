@@ -189,24 +189,33 @@ class Kernel:
 
 
 def random_weights(n: int, k: int, rank: int, grid: bool, device: str) -> list:
-    """residual, residual_scale, channel_scale, up, up_scale, down, down_scale; without a low rank the last 4 None."""
-    from gemm_bounds import grid_scales
+    """residual, residual_scale, channel_scale, up, up_scale, down, down_scale; without a low rank the last 4 None.
 
+    Normally distributed, as bf16's, and rounded to the nearest code: a GPU at its power limit multiplies small numbers
+    faster than codes that are all equally frequent."""
     g = torch.Generator(device).manual_seed(n + k)
 
-    def packed(rows, columns):
-        return torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, generator=g, device=device)
+    def quantized(rows, columns, group, top):
+        """packed, scales, unit or None, with codes of every group from about -7 to 7."""
+        w = torch.randn(rows, columns // group, group, generator=g, device=device)
+        scale, unit = w.abs().amax(2, keepdim=True) / 7, None
+        if grid:  # one number of 4 significant bits a row times an integer in 1 .. 16
+            unit = scale.amax(1, keepdim=True) / 15
+            step = torch.exp2(torch.floor(torch.log2(unit)) - 3)
+            unit = torch.ceil(unit / step) * step
+            scale = unit * torch.round(scale / unit).clamp(1, 16)
+        codes = torch.round(w / scale).clamp(-8, 7).to(torch.int8).view(rows, -1, 2)
+        packed = ((codes[..., 1] << 4) | (codes[..., 0] & 15)).view(torch.uint8)
+        unit = None if unit is None else (unit * top).flatten()
+        return packed, (scale[..., 0] * top).to(DTYPE), unit
 
-    def scales(rows, groups, top):
-        return ((torch.rand(rows, groups, generator=g, device=device) + 0.1) * top).to(DTYPE)
-
-    residual_scale, channel = grid_scales(n, k // GROUP, 0.02, g, device)
-    if not grid:
-        residual_scale, channel = scales(n, k // GROUP, 0.02), None
+    residual, residual_scale, channel = quantized(n, k, GROUP, 2.0**-5)
     low_rank = [None] * 4
     if rank:
-        low_rank = [packed(n, rank), scales(n, 1, 0.05), packed(rank, k), scales(rank, k // GROUP, 0.01)]
-    return [packed(n, k), residual_scale, channel, *low_rank]
+        up, up_scale, _ = quantized(n, rank, rank, 2.0**-4)
+        down, down_scale, _ = quantized(rank, k, GROUP, 2.0**-6)
+        low_rank = [up, up_scale, down, down_scale]
+    return [residual, residual_scale, channel, *low_rank]
 
 
 def transform_of(options, k: int) -> tuple:

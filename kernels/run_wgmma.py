@@ -38,9 +38,7 @@ def run_wgmma(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias
     whole, parts = (0, splits) if splits > 1 else last_round(tiles, ctas * p.sms, p.k // 128)
     items = whole + (tiles - whole) * parts
     low_parts = share_of_t(low_tiles, items, ctas * p.sms, p.k // 128) if low else 1
-    programs = items + low_tiles * low_parts
-    if splits == 1:
-        programs = min(programs, ctas * p.sms)
+    programs = min(items + low_tiles * low_parts, ctas * p.sms)
     partials = counters = ready = y
     if parts > 1 or low:
         shared = tiles - whole

@@ -353,10 +353,14 @@ def twin_wgmma(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    for i in gl.static_range(2):
-        mbarrier.init(a_full.index(i), count=1)
-    mbarrier.init(t_full, count=1)
-    mbarrier.init(t_empty, count=2)
+    # Not those that nobody waits for: the compiler would put a warpgroup's scratch where they are, and a barrier that was
+    # not invalidated then changes it (about once in 10^4 launches, only with two programs on a multiprocessor).
+    if HAS_ADDEND:
+        for i in gl.static_range(2):
+            mbarrier.init(a_full.index(i), count=1)
+    if R > 0:
+        mbarrier.init(t_full, count=1)
+        mbarrier.init(t_empty, count=2)
     fence_async_shared()
     if PDL:
         grid_release(T)

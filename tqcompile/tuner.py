@@ -21,6 +21,7 @@ from tqcompile.checkpoint import MANIFEST
 from tqcompile.cuda_graph import capture
 from tqcompile.errors import CheckpointError, ConfigError
 from tqcompile.kernels import tuning
+from tqcompile.ops.twin_gemm import defer_from_of
 
 OP = "twin_gemm"
 COLD_BYTES = 200e6  # weight copies rotate through at least this much: three times a 60 MB L2 cache
@@ -227,7 +228,7 @@ def graph_time(call: Callable, copies: list[tuple]) -> float:
 
 
 def twin_gemm_arguments(problem: Problem, tokens: int, seed: int, device: str = "cuda") -> tuple:
-    """Random arguments of ``twin_gemm``: operand, scale, t, residual, scales, channel scale, up, scale, bias, ..."""
+    """Random arguments of ``twin_gemm``, with what makes t where the product does."""
     g = torch.Generator(device).manual_seed(seed)
     n, k, rank, integer = problem.n, problem.k, problem.rank, problem.operand == torch.int8
     unit = torch.randint(8, 16, (n, 1), generator=g, device=device) * 2.0**-14
@@ -247,7 +248,10 @@ def twin_gemm_arguments(problem: Problem, tokens: int, seed: int, device: str = 
     low_rank = (normal(tokens, rank), packed(n, rank), (m[:, :1] * 0.01).bfloat16()) if rank else (None, None, None)
     channel = unit[:, 0].float() if problem.grid else None
     weights = (packed(n, k), (unit * m).bfloat16(), channel)
-    return (operand, scale, low_rank[0], *weights, *low_rank[1:], None, None, torch.bfloat16)
+    makes_t = (None, None, 0)
+    if rank:
+        makes_t = (packed(rank, k), (m[:1].expand(rank, -1) * 2.0**-14).bfloat16().contiguous(), defer_from_of(n, k))
+    return (operand, scale, low_rank[0], *weights, *low_rank[1:], None, None, torch.bfloat16, *makes_t)
 
 
 def describe(outcome: Outcome) -> str:
