@@ -30,7 +30,6 @@ def _shared(rows_bytes: int, bits: int):
 def run_wgmma(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias, addend) -> None:
     """Fill y. p and config: a problem and a configuration of twin_gemm.py; the others: arguments of ``twin_gemm``."""
     bm, splits, ctas = config["bm"], config["splits"], config["ctas"]
-    pieces = 2 if bm == 256 else 1
     x, y2 = x.view(-1, p.k), y.view(-1, p.n)
     down, down_scale = p.low or (None, None)
     low, tokens = -(-p.r // 64) if p.low else 0, -(-p.t // bm)
@@ -39,6 +38,11 @@ def run_wgmma(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias
     items = whole + (tiles - whole) * parts
     low_parts = share_of_t(low_tiles, items, ctas * p.sms, p.k // 128) if low else 1
     programs = min(items + low_tiles * low_parts, ctas * p.sms)
+    # Programs that are all on the GPU at once can wait for each other.
+    everywhere = items + low_tiles * low_parts <= ctas * p.sms
+    shares = splits if splits in (2, 4) and bm // splits >= 16 and everywhere else 1
+    share = bm // shares
+    pieces = 2 if share == 256 else 1
     partials = counters = ready = y
     if parts > 1 or low:
         shared = tiles - whole
@@ -48,22 +52,22 @@ def run_wgmma(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias
         counters = split_counters(y.device, used + tokens + 1)
         ready = counters[used:]
     half = p.r // 2 if p.r else 32
-    t2 = y2.new_empty(bm, half) if t is None else t.view(-1, p.r)
+    t2 = y2.new_empty(share, half) if t is None else t.view(-1, p.r)
     packed = w.view(torch.int8)
     added = y2 if addend is None else addend.to(y.dtype).view(-1, p.n)
     registers = {} if ctas == 1 else {"maxnreg": {2: 80, 3: 56}[ctas]}
     twin_wgmma[(programs,)](
         TensorDescriptor.from_tensor(packed, [64, 64], _shared(64, 8)),
         TensorDescriptor.from_tensor(x, [bm, 64], _shared(64 * x.element_size(), 8 * x.element_size())),
-        TensorDescriptor.from_tensor(t2, [bm, half], _shared(2 * half, 16)),
-        TensorDescriptor.from_tensor(y2, [bm // pieces, 64], _shared(128, 16)),
-        TensorDescriptor.from_tensor(added, [bm // pieces, 64], _shared(128, 16)),
+        TensorDescriptor.from_tensor(t2, [share, half], _shared(2 * half, 16)),
+        TensorDescriptor.from_tensor(y2, [share // pieces, 64], _shared(128, 16)),
+        TensorDescriptor.from_tensor(added, [share // pieces, 64], _shared(128, 16)),
         TensorDescriptor.from_tensor(down.view(torch.int8) if low else packed, [64, 64], _shared(64, 8)),
         scale, channel, channel if x_scale is None else x_scale, w if up is None else up,
         scale if up is None else up_scale, scale if down is None else down_scale, t2, y if bias is None else bias,
         partials, counters, ready, low_parts, whole, parts, p.t, p.n, p.k,
         BM=bm, STAGES=p.stages(bm, ctas), GROUP_STEPS=p.group // 128, R=p.r, LOW=low,
-        DOWN_STEPS=p.k // down_scale.shape[1] // 128 if low else 1, SPLIT=parts > 1,
+        DOWN_STEPS=p.k // down_scale.shape[1] // 128 if low else 1, SPLIT=parts > 1, SHARES=shares,
         HAS_BIAS=bias is not None, HAS_ADDEND=addend is not None, PIECES=pieces,
         REGISTERS={1: 240, 2: 104, 3: 72}[ctas], PDL=p.dependent,
         num_warps=4, launch_pdl=p.dependent, **registers,

@@ -166,7 +166,7 @@ def choose(p: _Problem) -> dict:
     if "gemv" in can and few:
         return {"kernel": "gemv", "rows": 4 if p.n < 2 * p.k and p.t == 1 else 2, "warps": 4, "unroll": 4}
     # From 9 tokens on the skinny form reads x twice and more often, so it is for small layers.
-    small = p.t <= 8 or weights <= 2**24 or (p.t <= 16 and weights < 2**26 and (int8 or p.k <= 8192))
+    small = p.t <= 8 or weights <= 2**24 or (p.t <= 16 and weights < 2**25)
     if "skinny" in can and (small or (p.t <= 16 and "wgmma" not in can)):
         large, deep = int8 and weights >= 2**26, p.k > 8192
         if p.t <= 8:

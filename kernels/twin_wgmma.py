@@ -33,7 +33,9 @@ from tqcompile.kernels.wgmma_tiles import (
     ROWS,
     add_parts,
     early_item,
+    exchange_parts,
     float_operand,
+    halves,
     hand_over,
     int8_operand,
     item_at,
@@ -47,9 +49,11 @@ from tqcompile.kernels.wgmma_tiles import (
 @gluon.jit
 def _copy_tiles(
     w_desc, x_desc, t_desc, d_desc, ws, xs, ts, full, empty, t_full, t_empty, ready, low_parts, whole, parts, T, N, K,
-    BM: gl.constexpr, STAGES: gl.constexpr, R: gl.constexpr, LOW: gl.constexpr, SPLIT: gl.constexpr, PDL: gl.constexpr,
+    BM: gl.constexpr, STAGES: gl.constexpr, R: gl.constexpr, LOW: gl.constexpr, SPLIT: gl.constexpr,
+    SHARES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The copying warp."""
+    SHARE: gl.constexpr = BM // SHARES
     steps, tiles_n, tiles_m = K // 128, (N + ROWS - 1) // ROWS, (T + BM - 1) // BM
     own_low, own = items_of(LOW * tiles_m * low_parts, whole + (tiles_n * tiles_m - whole) * parts)
     slot = 0
@@ -91,9 +95,10 @@ def _copy_tiles(
                 # Last: what is in ts now is read until the tile before this one ends.
                 mbarrier.wait(t_empty, t_phase)
                 t_phase ^= 1
-                mbarrier.expect(t_full, BM * R * 2)
-                tma.async_copy_global_to_shared(t_desc, [m0, 0], t_full, ts.index(0))
-                tma.async_copy_global_to_shared(t_desc, [m0, R // 2], t_full, ts.index(1))
+                mbarrier.expect(t_full, SHARE * R * 2)
+                m_t = m0 + part * SHARE if SHARES > 1 else m0
+                tma.async_copy_global_to_shared(t_desc, [m_t, 0], t_full, ts.index(0))
+                tma.async_copy_global_to_shared(t_desc, [m_t, R // 2], t_full, ts.index(1))
     if LOW > 0:
         reset_after_all(ready, tiles_m)
 
@@ -186,17 +191,21 @@ def _multiply(
     HALF: gl.constexpr, x_desc, y_desc, a_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, a_full,
     scale, channel, x_scale, up, up_scale, down_scale, t, bias, partials, counters, ready, low_parts, whole, parts,
     T, N, K, BM: gl.constexpr, STAGES: gl.constexpr, GROUP_STEPS: gl.constexpr, R: gl.constexpr, LOW: gl.constexpr,
-    DOWN_STEPS: gl.constexpr, SPLIT: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_ADDEND: gl.constexpr,
-    PIECES: gl.constexpr, AHEAD: gl.constexpr, PDL: gl.constexpr,
+    DOWN_STEPS: gl.constexpr, SPLIT: gl.constexpr, SHARES: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_ADDEND: gl.constexpr, PIECES: gl.constexpr, AHEAD: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: rows HALF * 64 .. of every tile."""
+    SHARE: gl.constexpr = BM // SHARES  # tokens of the epilogue
     WIDTH: gl.constexpr = BM if BM < 128 else 128  # of one instruction
+    LAST_WIDTH: gl.constexpr = SHARE if SHARE < 128 else 128
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
     mma16: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     INT: gl.constexpr = x_desc.dtype == gl.int8
     weights16: gl.constexpr = gl.DotOperandLayout(0, mma16, 2)
     weights: gl.constexpr = gl.DotOperandLayout(0, mma, 4) if INT else weights16
-    tokens: gl.constexpr = gl.BlockedLayout([BM // 128 if BM > 128 else 1], [32], [4], [0])
+    last: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LAST_WIDTH, 32])
+    last16: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LAST_WIDTH, 16])
+    tokens: gl.constexpr = gl.BlockedLayout([SHARE // 128 if SHARE > 128 else 1], [32], [4], [0])
     out: gl.constexpr = y_desc.dtype
 
     steps, tiles_n, tiles_m = K // 128, (N + ROWS - 1) // ROWS, (T + BM - 1) // BM
@@ -219,30 +228,31 @@ def _multiply(
             )  # fmt: skip
     if AHEAD:
         scale_at, unit, s, s_next, c, up_s, u = _of_weights(
-            0, HALF, mma, mma16, weights, scale, channel, up, up_scale, whole, parts, tiles_n, tiles_m, steps, N,
+            0, HALF, last, last16, weights, scale, channel, up, up_scale, whole, parts, tiles_n, tiles_m, steps, N,
             BM, GROUP_STEPS, R, SPLIT,
         )  # fmt: skip
     for i in range(own):
         if not AHEAD:
             scale_at, unit, s, s_next, c, up_s, u = _of_weights(
-                i, HALF, mma, mma16, weights, scale, channel, up, up_scale, whole, parts, tiles_n, tiles_m, steps, N,
+                i, HALF, last, last16, weights, scale, channel, up, up_scale, whole, parts, tiles_n, tiles_m, steps, N,
                 BM, GROUP_STEPS, R, SPLIT,
             )  # fmt: skip
         tile, part, of = item_at(i, whole, parts, SPLIT)
         begin, end = steps * part // of, steps * (part + 1) // of
         n_tile, m0 = tile_at(tile, tiles_n, tiles_m, BM)
         n0 = n_tile + HALF * 64
+        m_y = m0 + part * SHARE if SHARES > 1 else m0
         inverse = 1.0 / unit
         if HAS_ADDEND:
             # The addend's first piece waits where y will stand; the store of the tile before has been read by now.
             tma.store_wait(0)
             gl.thread_barrier()
-            mbarrier.expect(a_bar, BM // PIECES * 64 * 2)
-            tma.async_copy_global_to_shared(a_desc, [m0, n0], a_bar, y_own)
+            mbarrier.expect(a_bar, SHARE // PIECES * 64 * 2)
+            tma.async_copy_global_to_shared(a_desc, [m_y, n0], a_bar, y_own)
 
         if INT:  # when x is there, so is its scale; it has all of K to come
             mbarrier.wait(full.index(slot), phase)
-            token = m0 + gl.arange(0, BM, tokens)
+            token = m_y + gl.arange(0, SHARE, tokens)
             x_factor = gl.load(x_scale + token, mask=token < T, other=0.0)
         acc = gl.zeros([64, BM], gl.int32, mma) if INT else gl.zeros([64, BM], gl.float32, mma16)
         for step in range(begin, end):
@@ -263,43 +273,46 @@ def _multiply(
 
         if AHEAD:
             scale_at, unit, s, s_next, c_next, up_s_next, u_next = _of_weights(
-                gl.minimum(i + 1, own - 1), HALF, mma, mma16, weights, scale, channel, up, up_scale, whole, parts,
+                gl.minimum(i + 1, own - 1), HALF, last, last16, weights, scale, channel, up, up_scale, whole, parts,
                 tiles_n, tiles_m, steps, N, BM, GROUP_STEPS, R, SPLIT,
             )  # fmt: skip
         finish = True
-        if SPLIT:
+        counter = counters + 2 * (low_tiles + tile - whole) + HALF
+        first = low_tiles * low_parts + (tile - whole) * of
+        if SHARES > 1:
+            layout: gl.constexpr = last if INT else last16
+            acc = exchange_parts(acc, first, part, partials, counter, HALF, BM, SHARES, layout)
+        elif SPLIT:
             if of > 1:
-                counter = counters + 2 * (low_tiles + tile - whole) + HALF
-                first = low_tiles * low_parts + (tile - whole) * of
                 finish, acc = add_parts(acc, first, part, of, partials, counter, HALF, BM)
         if R > 0:
             mbarrier.wait(t_full, t_phase)
             t_phase ^= 1
         if finish:
             # With a low rank in units of up_scale, so that up @ t is added by the tensor cores.
-            y = gl.convert_layout(acc.to(gl.float32), mma, assert_trivial=True)
+            y = gl.convert_layout(acc.to(gl.float32), last, assert_trivial=True)
             y *= gl.expand_dims(c / up_s if R > 0 else c, 1)
             if INT:
-                y *= gl.expand_dims(gl.convert_layout(x_factor, gl.SliceLayout(0, mma)), 0)
+                y *= gl.expand_dims(gl.convert_layout(x_factor, gl.SliceLayout(0, last)), 0)
             if R > 0:
                 u_low, u_high = ((u << 4) >> 4).to(out), (u >> 4).to(out)
-                y = gl.convert_layout(y, mma16, assert_trivial=True)
+                y = gl.convert_layout(y, last16, assert_trivial=True)
                 y = warpgroup_mma(u_low, ts.index(0).permute((1, 0)), y, is_async=True)
                 y = warpgroup_mma(u_high, ts.index(1).permute((1, 0)), y, is_async=True)
                 y = warpgroup_mma_wait(0, deps=[y])
-                y = gl.convert_layout(y, mma, assert_trivial=True) * gl.expand_dims(up_s, 1)
+                y = gl.convert_layout(y, last, assert_trivial=True) * gl.expand_dims(up_s, 1)
             if HAS_BIAS:
-                n = gl.minimum(n0 + gl.arange(0, 64, gl.SliceLayout(1, mma)), N - 1)
+                n = gl.minimum(n0 + gl.arange(0, 64, gl.SliceLayout(1, last)), N - 1)
                 y += gl.expand_dims(gl.load(bias + n).to(gl.float32), 1)
-            pieces = (y,) if PIECES == 1 else gl.split(gl.permute(gl.reshape(y, [64, 2, BM // 2]), (0, 2, 1)))
+            pieces = (y,) if PIECES == 1 else halves(y)
             for j in gl.static_range(PIECES):
                 piece = pieces[j]
                 if HAS_ADDEND:
                     if j > 0:
                         tma.store_wait(0)
                         gl.thread_barrier()
-                        mbarrier.expect(a_bar, BM // PIECES * 64 * 2)
-                        tma.async_copy_global_to_shared(a_desc, [m0 + j * (BM // PIECES), n0], a_bar, y_own)
+                        mbarrier.expect(a_bar, SHARE // PIECES * 64 * 2)
+                        tma.async_copy_global_to_shared(a_desc, [m_y + j * (SHARE // PIECES), n0], a_bar, y_own)
                     mbarrier.wait(a_bar, a_phase)
                     a_phase ^= 1
                     piece += y_own.permute((1, 0)).load(piece.type.layout).to(gl.float32)
@@ -310,7 +323,7 @@ def _multiply(
                 y_own.permute((1, 0)).store(piece.to(out))
                 fence_async_shared()
                 gl.thread_barrier()
-                tma.async_copy_shared_to_global(y_desc, [m0 + j * (BM // PIECES), n0], y_own)
+                tma.async_copy_shared_to_global(y_desc, [m_y + j * (SHARE // PIECES), n0], y_own)
         elif HAS_ADDEND:
             mbarrier.wait(a_bar, a_phase)
             a_phase ^= 1
@@ -326,14 +339,15 @@ def twin_wgmma(
     w_desc, x_desc, t_desc, y_desc, a_desc, d_desc, scale, channel, x_scale, up, up_scale, down_scale, t, bias,
     partials, counters, ready, low_parts, whole, parts, T, N, K,
     BM: gl.constexpr, STAGES: gl.constexpr, GROUP_STEPS: gl.constexpr, R: gl.constexpr, LOW: gl.constexpr,
-    DOWN_STEPS: gl.constexpr, SPLIT: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_ADDEND: gl.constexpr,
-    PIECES: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    DOWN_STEPS: gl.constexpr, SPLIT: gl.constexpr, SHARES: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_ADDEND: gl.constexpr, PIECES: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 128 rows times BM tokens; y goes out in PIECES. GROUP_STEPS steps of 128 channels share a scale.
 
     Descriptors: packed weights (N, K/2) int8 in boxes (64, 64); x (T, K) planes, int8 or of the dtype of y, in
-    (BM, 64); t (T, R) planes in (BM, R/2); y and the addend (T, N) in (BM / PIECES, 64). partials: 2 * 64 * BM words a
-    part; counters: 2 a tile that has parts, zero.
+    (BM, 64); t (T, R) planes in (BM / SHARES, R/2); y and the addend (T, N) in (BM / SHARES / PIECES, 64).
+    SHARES: 1, or the parts of K of every tile, whose programs then exchange them.
+    partials: 2 * 64 * BM words a part; counters: 2 a tile that has parts, zero.
     LOW: 0, or how many tiles of 64 rows ``down`` has: then d_desc is down (R, K/2) in (64, 64), DOWN_STEPS steps share
     a scale of it, tiles of t (T, R) come in low_parts parts, and ready has a counter for each BM tokens and one more,
     zero.
@@ -343,8 +357,8 @@ def twin_wgmma(
     AHEAD: gl.constexpr = REGISTERS >= 240 and R * BM < 128 * 256  # there is room in registers
     ws = gl.allocate_shared_memory(gl.int8, [2 * STAGES, 64, 64], w_desc.layout)
     xs = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, BM, 64], x_desc.layout)
-    ys = gl.allocate_shared_memory(out, [2, BM // PIECES, 64], y_desc.layout)
-    ts = gl.allocate_shared_memory(out, [2, BM if R > 0 else 8, R // 2 if R > 0 else 32], t_desc.layout)
+    ys = gl.allocate_shared_memory(out, [2, BM // SHARES // PIECES, 64], y_desc.layout)
+    ts = gl.allocate_shared_memory(out, [2, BM // SHARES if R > 0 else 8, R // 2 if R > 0 else 32], t_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     a_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -353,8 +367,8 @@ def twin_wgmma(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    # Not those that nobody waits for: the compiler would put a warpgroup's scratch where they are, and a barrier that was
-    # not invalidated then changes it (about once in 10^4 launches, only with two programs on a multiprocessor).
+    # Not those that nobody waits for: the compiler would put a warpgroup's scratch where they are, and a barrier that
+    # was not invalidated then changes it (about once in 10^4 launches of two programs a multiprocessor).
     if HAS_ADDEND:
         for i in gl.static_range(2):
             mbarrier.init(a_full.index(i), count=1)
@@ -369,14 +383,15 @@ def twin_wgmma(
         [
             (_multiply, (0, x_desc, y_desc, a_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, a_full, scale,
                          channel, x_scale, up, up_scale, down_scale, t, bias, partials, counters, ready, low_parts,
-                         whole, parts, T, N, K, BM, STAGES, GROUP_STEPS, R, LOW, DOWN_STEPS, SPLIT, HAS_BIAS,
-                         HAS_ADDEND, PIECES, AHEAD, PDL)),
+                         whole, parts, T, N, K, BM, STAGES, GROUP_STEPS, R, LOW, DOWN_STEPS, SPLIT, SHARES,
+                         HAS_BIAS, HAS_ADDEND, PIECES, AHEAD, PDL)),
             (_multiply, (1, x_desc, y_desc, a_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, a_full, scale,
                          channel, x_scale, up, up_scale, down_scale, t, bias, partials, counters, ready, low_parts,
-                         whole, parts, T, N, K, BM, STAGES, GROUP_STEPS, R, LOW, DOWN_STEPS, SPLIT, HAS_BIAS,
-                         HAS_ADDEND, PIECES, AHEAD, PDL)),
+                         whole, parts, T, N, K, BM, STAGES, GROUP_STEPS, R, LOW, DOWN_STEPS, SPLIT, SHARES,
+                         HAS_BIAS, HAS_ADDEND, PIECES, AHEAD, PDL)),
             (_copy_tiles, (w_desc, x_desc, t_desc, d_desc, ws, xs, ts, full, empty, t_full, t_empty, ready, low_parts,
-                           whole, parts, T, N, K, BM, STAGES, R, LOW, SPLIT, PDL)),
+                           whole, parts, T, N, K, BM, STAGES, R, LOW, SPLIT, SHARES,
+                           PDL)),
         ],
         [4, 1],
         [REGISTERS, 24],

@@ -93,13 +93,33 @@ def float_operand(w, scale, inverse, FLOAT: gl.constexpr):
 
 
 @gluon.jit
+def _flat(x):
+    """(64, W) as one dimension, in the order of the registers: 16 bytes a thread, 512 a warp."""
+    ordered = gl.permute(gl.reshape(x, [4, 2, 8, x.shape[1] // 8, 4, 2]), (0, 3, 2, 4, 1, 5))
+    return gl.reshape(ordered, [64 * x.shape[1]])
+
+
+@gluon.jit
+def _tile(flat, WIDTH: gl.constexpr, layout: gl.constexpr):
+    """Inverse of :func:`_flat`."""
+    ordered = gl.permute(gl.reshape(flat, [4, WIDTH // 8, 8, 4, 2, 2]), (0, 4, 2, 1, 3, 5))
+    return gl.convert_layout(gl.reshape(ordered, [64, WIDTH]), layout)
+
+
+@gluon.jit
+def halves(x):
+    """(64, W) -> its first and its last W / 2 columns, without a move."""
+    return gl.split(gl.permute(gl.reshape(x, [64, 2, x.shape[1] // 2]), (0, 2, 1)))
+
+
+@gluon.jit
 def add_parts(acc, first, part, parts, partials, counter, HALF: gl.constexpr, BM: gl.constexpr):
     """Store a part of a tile, acc (64, at most BM) int32 or fp32, as number ``first`` + part; True and the sum of all
     parts for the program that stores the last one."""
     WIDTH: gl.constexpr = acc.shape[1]
+    LAYOUT: gl.constexpr = acc.type.layout
     PLACE: gl.constexpr = 64 * BM
-    # In the order of the registers: 16 bytes a thread, 512 a warp.
-    flat = gl.reshape(gl.permute(gl.reshape(acc, [4, 2, 8, WIDTH // 8, 4, 2]), (0, 3, 2, 4, 1, 5)), [64 * WIDTH])
+    flat = _flat(acc)
     at = gl.arange(0, 64 * WIDTH, flat.type.layout)
     partials = partials.to(gl.pointer_type(acc.dtype), bitcast=True)
     gl.store(partials + (2 * (first + part) + HALF).to(gl.int64) * PLACE + at, flat)
@@ -113,17 +133,69 @@ def add_parts(acc, first, part, parts, partials, counter, HALF: gl.constexpr, BM
                 theirs = (2 * (first + other) + HALF).to(gl.int64) * PLACE
                 flat += gl.load(partials + theirs + at, cache_modifier=".cg")
         gl.store(counter, 0)  # clean for the next launch and for graph replay
-    summed = gl.permute(gl.reshape(flat, [4, WIDTH // 8, 8, 4, 2, 2]), (0, 4, 2, 1, 3, 5))
-    return is_last, gl.convert_layout(gl.reshape(summed, [64, WIDTH]), acc.type.layout)
+    return is_last, _tile(flat, WIDTH, LAYOUT)
+
+
+@gluon.jit
+def exchange_parts(
+    acc, first, part, partials, counter, HALF: gl.constexpr, BM: gl.constexpr, SHARES: gl.constexpr,
+    layout: gl.constexpr,
+):  # fmt: skip
+    """Of a tile in SHARES (2 or 4) parts of K every program gets the sum of the share of the tokens that has its own
+    number: (64, BM / SHARES) in ``layout``. All of them must be on the GPU at once, for they wait for each other."""
+    WIDTH: gl.constexpr = BM // SHARES
+    PLACE: gl.constexpr = 64 * BM
+    shares = halves(acc)
+    if SHARES == 4:
+        shares = halves(shares[0]) + halves(shares[1])
+    partials = partials.to(gl.pointer_type(acc.dtype), bitcast=True)
+    own = (2 * (first + part) + HALF).to(gl.int64) * PLACE
+    mine = _flat(shares[0])
+    at = gl.arange(0, 64 * WIDTH, mine.type.layout)
+    for j in gl.static_range(SHARES):
+        flat = _flat(shares[j])
+        if part == j:
+            mine = flat
+        else:
+            gl.store(partials + own + j * 64 * WIDTH + at, flat)
+    gl.thread_barrier()  # all stores come before the one thread's release
+    gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    _await(counter, SHARES)
+    theirs = partials + (2 * first + HALF).to(gl.int64) * PLACE + part * 64 * WIDTH
+    for other in gl.static_range(SHARES):
+        if part != other:
+            mine += gl.load(theirs + other * 2 * PLACE + at, cache_modifier=".cg")
+    if gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == 2 * SHARES - 1:
+        gl.store(counter, 0)  # nobody waits any more; clean for the next launch and for graph replay
+    return _tile(mine, WIDTH, layout)
+
+
+@gluon.jit
+def _await(counter, arrivals):
+    """Wait until the counter has come to ``arrivals``; what was stored before can then be loaded."""
+    gl.inline_asm_elementwise(
+        """{ .reg .pred early; .reg .b32 value;
+        again: ld.acquire.gpu.global.b32 value, [$1];
+        setp.lt.s32 early, value, $2;
+        @early bra again;
+        mov.b32 $0, value; }""",
+        "=r,l,r", [counter.to(gl.int64, bitcast=True), arrivals], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _async_proxy(counter):
+    """Between accesses to global memory and those of TMA."""
+    gl.inline_asm_elementwise(
+        "fence.proxy.async; mov.b32 $0, 0;", "=r,l", [counter.to(gl.int64, bitcast=True)], dtype=gl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
 def hand_over(counter):
     """All stores of this warpgroup before; then one more on the counter."""
-    gl.inline_asm_elementwise(
-        "fence.proxy.async; mov.b32 $0, 0;", "=r,l", [counter.to(gl.int64, bitcast=True)], dtype=gl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
+    _async_proxy(counter)
     gl.thread_barrier()  # all stores come before the one thread's release
     gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
 
@@ -131,14 +203,8 @@ def hand_over(counter):
 @gluon.jit
 def take_over(counter, givers):
     """Wait until ``givers`` warpgroups have handed over; what they stored can then be copied with TMA."""
-    gl.inline_asm_elementwise(
-        """{ .reg .pred early; .reg .b32 value;
-        again: ld.acquire.gpu.global.b32 value, [$1];
-        setp.lt.s32 early, value, $2;
-        @early bra again;
-        fence.proxy.async; mov.b32 $0, value; }""",
-        "=r,l,r", [counter.to(gl.int64, bitcast=True), givers], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    _await(counter, givers)
+    _async_proxy(counter)
 
 
 @gluon.jit
