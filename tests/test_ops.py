@@ -300,6 +300,27 @@ def test_twin_gemm_is_the_formula(dtype, rank, integer):
     assert (np.abs(wide(got) - y) <= np.abs(y) * EPS[dtype] / 2 + size * 100 * EPS[torch.float32]).all()
 
 
+@pytest.mark.parametrize("integer", [False, True])
+def test_twin_gemm_makes_a_t_that_was_left_to_it(integer):
+    args = list(gemm_arguments((3, 5, 96), torch.float32, integer, 10, False, False, n=33, groups=3, seed=5))
+    operand, scale, t, residual, residual_scale, _, up, up_scale, *_ = args
+    down, down_scale = packed(10, 96, 3, torch.Generator().manual_seed(6))
+    values = natural(wide(operand)) * (wide(scale) if integer else 1)
+    low = values @ dense(down, down_scale).T
+    y = values @ dense(residual, residual_scale).T + low @ dense(up, up_scale).T
+    size = np.abs(values) @ np.abs(dense(residual, residual_scale)).T
+    size = size + np.abs(values) @ np.abs(dense(down, down_scale)).T @ np.abs(dense(up, up_scale)).T
+    bound = size * 300 * EPS[torch.float32]
+    args[2] = torch.full_like(t, float("nan"))  # as prologue leaves it
+    got = ops.twin_gemm(*args, down, down_scale, 15)
+    assert (np.abs(wide(got) - y) <= bound).all()
+    args[2] = t  # one token fewer than it takes: t counts, down does not
+    y = values @ dense(residual, residual_scale).T + natural(wide(t)) @ dense(up, up_scale).T
+    size = size + np.abs(natural(wide(t))) @ np.abs(dense(up, up_scale)).T
+    assert (np.abs(wide(ops.twin_gemm(*args, down, down_scale, 16)) - y) <= size * 300 * EPS[torch.float32]).all()
+    torch.library.opcheck(ops.twin_gemm, (*args, down, down_scale, 15))
+
+
 def test_planes_are_the_even_and_then_the_odd_channels():
     x = torch.arange(12).reshape(2, 6)
     assert to_planes(x).tolist() == [[0, 2, 4, 1, 3, 5], [6, 8, 10, 7, 9, 11]]

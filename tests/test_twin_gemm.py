@@ -9,6 +9,7 @@ from gemm_bounds import random_gemm_args, worst_twin_gemm
 pytest.importorskip("triton")
 from tqcompile import ops
 from tqcompile.kernels import twin_gemm as kernel
+from tqcompile.ops.twin_gemm import defer_from_of
 
 BF16, FP16, FP32, INT8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
 interpreted = pytest.mark.skipif(not kernel.INTERPRET, reason="needs TRITON_INTERPRET=1: there is a GPU")
@@ -102,6 +103,45 @@ def test_hopper_multiplies_grid_scales_with_wgmma_and_others_do_not(compiled):
     assert kernel.choose(problem(2048, 4096, 4096, grid=False))["kernel"] == "tile"
     assert kernel.choose(problem(1, 4096, 4096, grid=False))["kernel"] == "gemv"
     assert kernel.choose(problem(1, 4096, 4096, operand=BF16))["kernel"] == "skinny"
+
+
+@pytest.mark.parametrize(("n", "k"), [shape for shape in SHAPES if min(shape) > 256])
+@pytest.mark.parametrize("operand", [INT8, BF16])
+def test_t_is_left_to_the_product_where_wgmma_begins(n, k, operand, compiled):
+    first = defer_from_of(n, k)
+    for t in (first, first + 7, 64, 4096):
+        config = kernel.choose(problem(t, n, k, operand=operand))
+        assert config["kernel"] == "wgmma", t
+        assert config["bm"] >= 16, t  # 8 tokens are too few to share between two warpgroups
+    if operand == INT8:  # before it prologue has t at the price of nothing, and no launch is added
+        assert kernel.choose(problem(first - 1, n, k))["kernel"] == "skinny"
+
+
+@pytest.mark.parametrize("programs", [132, 264])
+def test_the_last_round_is_cut_into_parts_that_run_at_once(programs):
+    run = pytest.importorskip("tqcompile.kernels.run_wgmma")
+    cut = 0
+    for tiles, steps in itertools.product(range(1, 600, 7), (1, 4, 32, 112)):
+        whole, parts = run.last_round(tiles, programs, steps)
+        if parts == 1:
+            assert whole == tiles
+            continue
+        cut += 1
+        assert whole % programs == 0
+        assert 0 < whole < tiles
+        assert 2 <= parts <= 4
+        assert (tiles - whole) * parts <= programs
+        assert steps >= 2 * parts
+    assert cut > 10
+
+
+def test_t_is_made_by_as_many_programs_as_are_idle():
+    share_of_t = pytest.importorskip("tqcompile.kernels.run_wgmma").share_of_t
+    assert share_of_t(1, 132, 132, 32) == 1  # nobody is idle
+    assert share_of_t(1, 128, 132, 32) == 4
+    assert share_of_t(2, 128, 132, 32) == 2
+    assert share_of_t(1, 10, 132, 32) == 8  # more parts would cost more than they save
+    assert share_of_t(1, 10, 132, 4) == 2  # a part has two steps at least
 
 
 @pytest.mark.parametrize("form", ["int8-grid-r64", "int8-g128-r0", "bfloat16-g128-r64", "bfloat16-grid-r64"])
