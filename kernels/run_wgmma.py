@@ -38,9 +38,9 @@ def run_wgmma(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias
     items = whole + (tiles - whole) * parts
     low_parts = share_of_t(low_tiles, items, ctas * p.sms, p.k // 128) if low else 1
     programs = min(items + low_tiles * low_parts, ctas * p.sms)
-    # Programs that are all on the GPU at once can wait for each other.
-    everywhere = items + low_tiles * low_parts <= ctas * p.sms
-    shares = splits if splits in (2, 4) and bm // splits >= 16 and everywhere else 1
+    # Programs with one part of one tile can wait for each other.
+    one_each = items + low_tiles * low_parts <= ctas * p.sms
+    shares = splits if splits in (2, 4) and bm // splits >= 16 and one_each else 1
     share = bm // shares
     pieces = 2 if share == 256 else 1
     partials = counters = ready = y

@@ -142,7 +142,8 @@ def exchange_parts(
     layout: gl.constexpr,
 ):  # fmt: skip
     """Of a tile in SHARES (2 or 4) parts of K every program gets the sum of the share of the tokens that has its own
-    number: (64, BM / SHARES) in ``layout``. All of them must be on the GPU at once, for they wait for each other."""
+    number: (64, BM / SHARES) in ``layout``. They wait for each other, so a program may have no other tile. As they are
+    neighbours, and a GPU starts the programs of a launch in order, their turn comes whatever else is running."""
     WIDTH: gl.constexpr = BM // SHARES
     PLACE: gl.constexpr = 64 * BM
     shares = halves(acc)
