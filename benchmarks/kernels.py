@@ -24,7 +24,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tests")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from tqcompile import tuner
-from tqcompile.ops.twin_gemm import defer_from_of
+from tqcompile.ops.twin_gemm import defer_from_of, is_deferred
 
 SHAPES = {
     "gate_up": (28672, 4096),
@@ -126,15 +126,13 @@ class Ours:
 
     def prologue_args(self, w: list, x: torch.Tensor) -> tuple:
         transform = (None, None) if self.act_bits == 4 else self.transform
-        defer_from = self.defer_from if w[5] is not None else 0
-        return (x, None, None, *transform, w[5], w[6], "none", 0.0, self.act_bits, self.ratio, True, defer_from)
+        return (x, None, None, *transform, w[5], w[6], "none", 0.0, self.act_bits, self.ratio, True, self.defer_from)
 
     def gemm_args(self, w: list, operands: tuple) -> tuple:
         operand, scale, t, _ = operands
         scale = scale if self.act_bits < 16 else None
         t = t if w[3] is not None else None
-        down = (w[5], w[6], self.defer_from) if self.defer_from and w[5] is not None else (None, None, 0)
-        return (operand, scale, t, *w[:5], None, None, DTYPE, *down)
+        return (operand, scale, t, *w[:5], None, None, DTYPE, w[5], w[6], self.defer_from)
 
     def why_not(self, w: list, x: torch.Tensor) -> str | None:
         """The reason why a kernel does not serve these arguments: what would run then is no kernel of ours."""
@@ -164,14 +162,12 @@ class Ours:
         operands = self.prologue(w, x)
         y = self.gemm(w, operands)
         kept = tuple(part[some] if part.dim() == 2 else part for part in operands)
-        args = self.prologue_args(w, x[some])
-        deferred = 0 < self.defer_from <= t  # then y answers for t
-        down = (None, None) if deferred else args[5:7]
-        if deferred:
-            kept = (*kept[:2], kept[2][:, :0], kept[3])
-        found = worst_plain_prologue(kept, *args[:1], *args[3:5], *down, self.act_bits, self.ratio)
+        results, args = kept, self.prologue_args(w, x[some])
+        down, deferred = args[5:7], is_deferred(x, self.defer_from)
+        if deferred:  # y answers for t
+            results, down = (*kept[:2], kept[2][:, :0], kept[3]), (None, None)
+        found = worst_plain_prologue(results, args[0], *args[3:5], *down, self.act_bits, self.ratio)
         dense = self.gemm_form(w, operands) == "dense"
-        kept = (*kept[:2], operands[2][some], kept[3])
         gemm_args = (*self.gemm_args(w, kept)[:-1], 1 if deferred else 0)
         return {**found, "y": worst_twin_gemm(y[some], *gemm_args, dense=dense)}
 
@@ -204,21 +200,20 @@ def random_weights(n: int, k: int, rank: int, grid: bool, device: str) -> list:
 
     Normally distributed, as bf16's, and rounded to the nearest code: a GPU at its power limit multiplies small numbers
     faster than codes that are all equally frequent."""
+    from tqcompile.methods.rounding import four_bits_above, group_scales, round_to_codes
+    from tqcompile.ops.packing import pack_int4
+
     g = torch.Generator(device).manual_seed(n + k)
 
     def quantized(rows, columns, group, top):
         """packed, scales, unit or None, with codes of every group from about -7 to 7."""
-        w = torch.randn(rows, columns // group, group, generator=g, device=device)
-        scale, unit = w.abs().amax(2, keepdim=True) / 7, None
-        if grid:  # one number of 4 significant bits a row times an integer in 1 .. 16
-            unit = scale.amax(1, keepdim=True) / 15
-            step = torch.exp2(torch.floor(torch.log2(unit)) - 3)
-            unit = torch.ceil(unit / step) * step
-            scale = unit * torch.round(scale / unit).clamp(1, 16)
-        codes = torch.round(w / scale).clamp(-8, 7).to(torch.int8).view(rows, -1, 2)
-        packed = ((codes[..., 1] << 4) | (codes[..., 0] & 15)).view(torch.uint8)
-        unit = None if unit is None else (unit * top).flatten()
-        return packed, (scale[..., 0] * top).to(DTYPE), unit
+        w = torch.randn(rows, columns, generator=g, device=device)
+        scale, unit = group_scales(w, group, search=False), None
+        if grid:  # multiples of one number a row; 15, so that none exceeds 16
+            unit = four_bits_above(scale.amax(1) / 15)
+            scale = unit[:, None] * torch.round(scale / unit[:, None]).clamp_min(1)
+        packed = pack_int4(round_to_codes(w, scale))
+        return packed, (scale * top).to(DTYPE), None if unit is None else unit * top
 
     residual, residual_scale, channel = quantized(n, k, GROUP, 2.0**-5)
     low_rank = [None] * 4

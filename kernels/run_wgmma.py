@@ -34,13 +34,14 @@ def run_wgmma(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias
     down, down_scale = p.low or (None, None)
     low, tokens = -(-p.r // 64) if p.low else 0, -(-p.t // bm)
     tiles, low_tiles = -(-p.n // 128) * tokens, low * tokens
-    whole, parts = (0, splits) if splits > 1 else last_round(tiles, ctas * p.sms, p.k // 128)
+    steps, most = p.k // 128, ctas * p.sms  # most: programs that run at once
+    whole, parts = (0, splits) if splits > 1 else last_round(tiles, most, steps)
     items = whole + (tiles - whole) * parts
-    low_parts = share_of_t(low_tiles, items, ctas * p.sms, p.k // 128) if low else 1
-    programs = min(items + low_tiles * low_parts, ctas * p.sms)
+    low_parts = share_of_t(low_tiles, items, most, steps) if low else 1
+    wanted = items + low_tiles * low_parts
+    programs = min(wanted, most)
     # Programs with one part of one tile can wait for each other.
-    one_each = items + low_tiles * low_parts <= ctas * p.sms
-    shares = splits if splits in (2, 4) and bm // splits >= 16 and one_each else 1
+    shares = splits if splits in (2, 4) and bm // splits >= 16 and wanted <= most else 1
     share = bm // shares
     pieces = 2 if share == 256 else 1
     partials = counters = ready = y

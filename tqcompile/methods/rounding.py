@@ -69,7 +69,12 @@ def row_units(
     scale = group_scales(w, group_size, importance)
     # The scale 1 of a group of zeros says nothing about the row.
     scale = scale.masked_fill(w.reshape(*scale.shape, group_size).abs().amax(-1) == 0, 0.0).amax(1)
-    mantissa, exponent = torch.frexp(scale * (headroom / MAX_MULTIPLE))
+    return four_bits_above(scale * (headroom / MAX_MULTIPLE))
+
+
+def four_bits_above(value: torch.Tensor) -> torch.Tensor:
+    """Positive float32 values rounded up to four significant bits, at least 2**-120."""
+    mantissa, exponent = torch.frexp(value)
     return torch.ldexp((mantissa * 16).ceil(), exponent - 4).clamp_min(2.0**-120)
 
 
