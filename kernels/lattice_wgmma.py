@@ -232,7 +232,7 @@ def _multiply(
         finish = True
         if SPLIT:
             counter = counters + 2 * tile + HALF
-            finish, acc = add_parts(acc, tile * parts, part, parts, partials, counter, HALF, BM)
+            finish, acc = add_parts(acc, 2 * tile * parts + HALF, part, parts, partials, counter, 2, BM)
         if finish:
             y = acc
             if HAS_BIAS:

@@ -1,11 +1,15 @@
-"""Launches of the wgmma kernel of ``twin_gemm``: how the tiles are cut, and the arguments."""
+"""Launches of the wgmma and of the narrow kernel of ``twin_gemm``: how the tiles are cut, and the arguments."""
 
 import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tqcompile.kernels.split_counters import split_counters
+from tqcompile.kernels.twin_narrow import twin_narrow
 from tqcompile.kernels.twin_wgmma import twin_wgmma
+
+_MAX_REGISTERS = {1: None, 2: 80, 3: 56}  # of a thread at launch, by programs a multiprocessor
+_REGISTERS = {1: 240, 2: 104, 3: 72}  # of one that multiplies
 
 
 def last_round(tiles: int, programs: int, steps: int) -> tuple[int, int]:
@@ -21,6 +25,18 @@ def share_of_t(low_tiles: int, items: int, programs: int, steps: int) -> int:
     less than others, for all others wait for t."""
     free = -items % programs
     return max(1, min(free // low_tiles, 8, steps // 2))
+
+
+def _meeting(y, bm: int, low_tiles: int, low_parts: int, shared: int, parts: int, tokens: int) -> tuple:
+    """Where programs meet: partials of the tiles of t and of ``shared`` tiles in ``parts`` parts, two counters a tile,
+    and the counters of t, one for each of ``tokens`` tiles and one more. y stands for what is not used."""
+    if not low_tiles and not shared:
+        return y, y, y
+    places = low_tiles * low_parts + shared * parts
+    partials = torch.empty(places * 2 * 64 * bm, dtype=torch.int32, device=y.device)
+    used = -(-(low_tiles + shared) // 2) * 4  # 2 a tile, the next pointer aligned
+    counters = split_counters(y.device, used + tokens + 1)
+    return partials, counters, counters[used:]
 
 
 def _shared(rows_bytes: int, bits: int):
@@ -44,19 +60,12 @@ def run_wgmma(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias
     shares = splits if splits in (2, 4) and bm // splits >= 16 and wanted <= most else 1
     share = bm // shares
     pieces = 2 if share == 256 else 1
-    partials = counters = ready = y
-    if parts > 1 or low:
-        shared = tiles - whole
-        places = low_tiles * low_parts + shared * parts
-        partials = torch.empty(places * 2 * 64 * bm, dtype=torch.int32, device=y.device)
-        used = -(-(low_tiles + shared) // 2) * 4  # 2 a tile, the next pointer aligned
-        counters = split_counters(y.device, used + tokens + 1)
-        ready = counters[used:]
+    shared = tiles - whole if parts > 1 else 0
+    partials, counters, ready = _meeting(y, bm, low_tiles, low_parts, shared, parts, tokens)
     half = p.r // 2 if p.r else 32
     t2 = y2.new_empty(share, half) if t is None else t.view(-1, p.r)
     packed = w.view(torch.int8)
     added = y2 if addend is None else addend.to(y.dtype).view(-1, p.n)
-    registers = {} if ctas == 1 else {"maxnreg": {2: 80, 3: 56}[ctas]}
     twin_wgmma[(programs,)](
         TensorDescriptor.from_tensor(packed, [64, 64], _shared(64, 8)),
         TensorDescriptor.from_tensor(x, [bm, 64], _shared(64 * x.element_size(), 8 * x.element_size())),
@@ -70,6 +79,39 @@ def run_wgmma(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias
         BM=bm, STAGES=p.stages(bm, ctas), GROUP_STEPS=p.group // 128, R=p.r, LOW=low,
         DOWN_STEPS=p.k // down_scale.shape[1] // 128 if low else 1, SPLIT=parts > 1, SHARES=shares,
         HAS_BIAS=bias is not None, HAS_ADDEND=addend is not None, PIECES=pieces,
-        REGISTERS={1: 240, 2: 104, 3: 72}[ctas], PDL=p.dependent,
-        num_warps=4, launch_pdl=p.dependent, **registers,
+        REGISTERS=_REGISTERS[ctas], PDL=p.dependent,
+        num_warps=4, launch_pdl=p.dependent, maxnreg=_MAX_REGISTERS[ctas],
+    )  # fmt: skip
+
+
+def run_narrow(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias, addend) -> None:
+    """As run_wgmma, for the narrow kernel."""
+    bm, parts, ctas = config["bm"], config["splits"], config["ctas"]
+    x, y2 = x.view(-1, p.k), y.view(-1, p.n)
+    down, down_scale = p.low or (None, None)
+    low, tokens, most = -(-p.r // 64) if p.low else 0, -(-p.t // bm), ctas * p.sms
+    tiles, low_tiles = -(-p.n // 128) * tokens, low * tokens
+    low_parts = share_of_t(low_tiles, tiles * parts, most, -(-p.k // 256)) if low else 1
+    shared = tiles if parts > 1 else 0
+    partials, counters, ready = _meeting(y, bm, low_tiles, low_parts, shared, parts, tokens)
+    half = p.r // 2 if p.r else 32
+    t2 = y2.new_empty(bm, half) if t is None else t.view(-1, p.r)
+    packed = w.view(torch.int8)
+    added = y2 if addend is None else addend.to(y.dtype).view(-1, p.n)
+    twin_narrow[(min(tiles * parts + low_tiles * low_parts, most),)](
+        TensorDescriptor.from_tensor(packed, [128, 128], _shared(128, 8)),
+        TensorDescriptor.from_tensor(x, [bm, 128], _shared(128, 8)),
+        TensorDescriptor.from_tensor(t2, [bm, half], _shared(2 * half, 16)),
+        TensorDescriptor.from_tensor(y2, [bm, 64], _shared(128, 16)),
+        TensorDescriptor.from_tensor(added, [bm, 64], _shared(128, 16)),
+        TensorDescriptor.from_tensor(down.view(torch.int8) if low else packed, [128, 128], _shared(128, 8)),
+        scale, channel, x_scale, w if up is None else up, scale if up is None else up_scale,
+        scale if down is None else down_scale, t2, y if bias is None else bias, partials, counters, ready, low_parts,
+        parts, p.t, p.n, p.k,
+        BM=bm, STAGES=p.narrow_stages(bm, ctas), GROUP_STEPS=p.group // 128,
+        PAIRS=p.group == 128 and p.k % 256 == 0 and scale.dtype == torch.bfloat16 and scale.data_ptr() % 4 == 0,
+        R=p.r, LOW=low,
+        DOWN_STEPS=p.k // down_scale.shape[1] // 128 if low else 1, SPLIT=parts > 1,
+        HAS_BIAS=bias is not None, HAS_ADDEND=addend is not None, REGISTERS=_REGISTERS[ctas], PDL=p.dependent,
+        num_warps=4, launch_pdl=p.dependent, maxnreg=_MAX_REGISTERS[ctas],
     )  # fmt: skip

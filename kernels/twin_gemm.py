@@ -2,6 +2,7 @@
 
     gemv    one or two int8 tokens                       twin_gemv.py
     skinny  a few tokens, int8 or 16-bit floats          twin_skinny.py
+    narrow  9 to 16 int8 tokens of a large layer, Hopper twin_narrow.py
     wgmma   any number of tokens, on Hopper              twin_wgmma.py
     dense   many floating-point tokens: weights are unpacked once, then two dense products
     tile    everything else                              twin_tile.py
@@ -36,7 +37,7 @@ from tqcompile.ops.twin_gemm import is_deferred
 try:
     from triton.experimental.gluon import language as gl
 
-    from tqcompile.kernels.run_wgmma import run_wgmma
+    from tqcompile.kernels.run_wgmma import run_narrow, run_wgmma
     from tqcompile.kernels.twin_gemv import twin_gemv
     from tqcompile.kernels.twin_skinny import twin_skinny
 
@@ -50,6 +51,7 @@ _RANKS = (0, 32, 64, 128)  # of the wgmma form
 # Microseconds of one K step of a tile of 128 rows on one H200 multiprocessor, by tokens of the tile. Measured.
 _STEP_US = {8: 0.34, 16: 0.34, 32: 0.34, 64: 0.35, 128: 0.43, 256: 0.69}
 _FLOAT_STEP_US = {8: 0.34, 16: 0.34, 32: 0.36, 64: 0.68, 128: 0.85, 256: 1.42}  # on an H100
+NARROW_TOKENS = 16
 DENSE_TOKENS = 512  # from here unpacking once is cheaper than unpacking in every tile of tokens
 
 
@@ -130,6 +132,11 @@ class _Problem:
         rest = 2 * bm * max(self.r, 8) + 2 * min(bm, 128) * 64 * 2 + 2048
         return min(8, (SHARED_BYTES // ctas - rest) // stage)
 
+    def narrow_stages(self, bm: int, ctas: int) -> int:
+        """As stages, of the narrow form."""
+        rest = 2 * bm * max(self.r, 8) + 2 * bm * 64 * 2 + 2048
+        return min(8, (SHARED_BYTES // ctas - rest) // (128 * 128 + 2 * bm * 128))
+
     def kernels(self) -> list[str]:
         """Names of the kernels that can run it; "tile" is always among them."""
         found = ["tile"]
@@ -142,7 +149,7 @@ class _Problem:
         if plain and aligned and self.t <= 32 and self.r % 8 == 0 and own:
             found.append("skinny")
         if plain and own and aligned and self.grid and self.major == 9 and self.n % 8 == 0 and self.r in _RANKS:
-            found.append("wgmma")
+            found += ["wgmma", "narrow"] if int8 and self.t <= NARROW_TOKENS else ["wgmma"]
         if not int8 and self.operand == self.dtype and self.dtype in _HALVES:
             found.append("dense")
         return found
@@ -172,6 +179,10 @@ def choose(p: _Problem) -> dict:
         if p.t <= 8:
             return {"kernel": "skinny", "rw": 1, "ks": 4 if large else 8, "unroll": 2 if large or deep else 4}
         return {"kernel": "skinny", "rw": 2 if deep else 1, "ks": 8 if deep else 4, "unroll": 2}
+    if "narrow" in can:
+        tiles = -(-p.n // 128)
+        _, splits = fastest_split(tiles, p.k // 128, 16, p.sms, _STEP_US[16])
+        return {"kernel": "narrow", "bm": 16, "splits": splits, "ctas": 2 if tiles * splits > p.sms else 1}
     if "wgmma" in can:
         step_us = _STEP_US if int8 else _FLOAT_STEP_US
         sizes = [bm for bm in step_us if min(p.t, 64) <= bm and (bm < 2 * p.t or bm == 8) and p.stages(bm, 1) >= 2]
@@ -204,6 +215,9 @@ def candidates(n: int, k: int, t: int, form: str) -> list[dict]:
                 ctas = (1, 2, 3) if bm <= 16 else (1, 2) if bm <= 64 else (1,)
                 splits = (1, 2, 4, 8) if t <= 512 else (1,)
                 found += [{"kernel": "wgmma", "bm": bm, "splits": s, "ctas": c} for s in splits for c in ctas]
+        if form.startswith("int8") and t <= NARROW_TOKENS:
+            bm = 8 if t <= 8 else 16
+            found += [{"kernel": "narrow", "bm": bm, "splits": s, "ctas": c} for s in (1, 2, 4, 8) for c in (1, 2)]
     if t <= 32:
         found += [
             {"kernel": "skinny", "rw": rw, "ks": ks, "unroll": 4 if t <= 8 else 2}
@@ -235,11 +249,13 @@ def launch(
         raise ValueError(f"twin_gemm: {config} cannot run this problem; possible kernels: {p.kernels()}")
     config = config or _configuration(p)
     addend = None if addend is None else addend.contiguous()
-    run = {"gemv": _run_gemv, "skinny": _run_skinny, "wgmma": _run_wgmma, "dense": _run_dense, "tile": _run_tile}
+    run = {"gemv": _run_gemv, "skinny": _run_skinny, "narrow": _run_narrow}
+    run |= {"wgmma": _run_wgmma, "dense": _run_dense, "tile": _run_tile}
     with torch.cuda.device(operand.device) if operand.is_cuda else contextlib.nullcontext():
         if down is not None and is_deferred(operand, defer_from):
             t = torch.empty_like(t)
-            if config["kernel"] == "wgmma" and config["bm"] >= 16 and p.k // down_scale.shape[1] % 128 == 0:
+            least = {"narrow": 8, "wgmma": 16}.get(config["kernel"])  # tokens of a tile that makes t
+            if least and config["bm"] >= least and p.k // down_scale.shape[1] % 128 == 0:
                 p.low = (down, down_scale)
             else:
                 run_low_rank(operand, operand_scale, down, down_scale, t, p.sms, p.dependent)
@@ -266,7 +282,8 @@ def _configuration(p: _Problem) -> Mapping:
 
 
 def _fits(p: _Problem, config: Mapping) -> bool:
-    in_memory = config["kernel"] != "wgmma" or p.stages(config["bm"], config["ctas"]) >= 2
+    stages = {"narrow": p.narrow_stages, "wgmma": p.stages}.get(config["kernel"])
+    in_memory = stages is None or stages(config["bm"], config["ctas"]) >= 2
     return in_memory and config["kernel"] in p.kernels()
 
 
@@ -304,8 +321,12 @@ def _run_skinny(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bi
     )  # fmt: skip
 
 
+def _run_narrow(*args) -> None:
+    run_narrow(*args)  # a name that is missing where Gluon is
+
+
 def _run_wgmma(*args) -> None:
-    run_wgmma(*args)  # a name that is missing where Gluon is
+    run_wgmma(*args)
 
 
 def _run_dense(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias, addend) -> None:

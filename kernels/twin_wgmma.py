@@ -144,7 +144,7 @@ def _multiply_down(
     finish = True
     if parts > 1:
         counter = counters + 2 * tile + HALF
-        finish, total = add_parts(total, tile * parts, part, parts, partials, counter, HALF, BM)
+        finish, total = add_parts(total, 2 * tile * parts + HALF, part, parts, partials, counter, 2, BM)
     if finish:
         m = m0 + HALF * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, mma))
         if INT:
@@ -284,7 +284,7 @@ def _multiply(
             acc = exchange_parts(acc, first, part, partials, counter, HALF, BM, SHARES, layout)
         elif SPLIT:
             if of > 1:
-                finish, acc = add_parts(acc, first, part, of, partials, counter, HALF, BM)
+                finish, acc = add_parts(acc, 2 * first + HALF, part, of, partials, counter, 2, BM)
         if R > 0:
             mbarrier.wait(t_full, t_phase)
             t_phase ^= 1

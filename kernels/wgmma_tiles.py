@@ -10,8 +10,8 @@ BAND = gl.constexpr(8)  # token tiles that run together, so that they share weig
 # 4 packed bytes -> the low nibbles times m in $0, the high ones in $1. With u = q + 8 the bytes of u * m + 128 - 8 m
 # are q * m + 128 in 0 .. 240: no carries, and flipping the top bits leaves q * m. $3: m; $7: the four 128 - 8 m.
 _UNPACK = gl.constexpr("""{ .reg .b32 l, h;
-    and.b32 l, $2, 0x0F0F0F0F; xor.b32 l, l, 0x08080808;
-    shr.u32 h, $2, 4; and.b32 h, h, 0x0F0F0F0F; xor.b32 h, h, 0x08080808;
+    lop3.b32 l, $2, 0x0F0F0F0F, 0x08080808, 0x6A;
+    shr.u32 h, $2, 4; lop3.b32 h, h, 0x0F0F0F0F, 0x08080808, 0x6A;
     mad.lo.u32 l, l, $3, $7; mad.lo.u32 h, h, $3, $7;
     xor.b32 $0, l, 0x80808080; xor.b32 $1, h, 0x80808080; }""")
 # The same to floats: $0, $1 the low nibbles times m, $2, $3 the high ones. A byte u = q + 8 under the byte of 128.0
@@ -113,16 +113,16 @@ def halves(x):
 
 
 @gluon.jit
-def add_parts(acc, first, part, parts, partials, counter, HALF: gl.constexpr, BM: gl.constexpr):
-    """Store a part of a tile, acc (64, at most BM) int32 or fp32, as number ``first`` + part; True and the sum of all
-    parts for the program that stores the last one."""
+def add_parts(acc, first, part, parts, partials, counter, STEP: gl.constexpr, BM: gl.constexpr):
+    """Store a part of a tile, acc (64, at most BM) int32 or fp32, as number ``first`` + STEP * part; True and the sum
+    of all parts for the warpgroup that stores the last one."""
     WIDTH: gl.constexpr = acc.shape[1]
     LAYOUT: gl.constexpr = acc.type.layout
     PLACE: gl.constexpr = 64 * BM
     flat = _flat(acc)
     at = gl.arange(0, 64 * WIDTH, flat.type.layout)
     partials = partials.to(gl.pointer_type(acc.dtype), bitcast=True)
-    gl.store(partials + (2 * (first + part) + HALF).to(gl.int64) * PLACE + at, flat)
+    gl.store(partials + (first + STEP * part).to(gl.int64) * PLACE + at, flat)
     gl.thread_barrier()  # all stores come before the one thread's release
     is_last = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == parts - 1
     if is_last:
@@ -130,7 +130,7 @@ def add_parts(acc, first, part, parts, partials, counter, HALF: gl.constexpr, BM
             flat = gl.zeros_like(flat)
         for other in range(parts):
             if (other != part) | (acc.dtype != gl.int32):
-                theirs = (2 * (first + other) + HALF).to(gl.int64) * PLACE
+                theirs = (first + STEP * other).to(gl.int64) * PLACE
                 flat += gl.load(partials + theirs + at, cache_modifier=".cg")
         gl.store(counter, 0)  # clean for the next launch and for graph replay
     return is_last, _tile(flat, WIDTH, LAYOUT)

@@ -94,6 +94,9 @@ def test_every_choice_can_run(n, k, compiled):
         if config["kernel"] == "wgmma":
             assert config["bm"] == 8 or config["bm"] < 2 * t
             assert config["splits"] <= max(1, k // 512)
+        if config["kernel"] == "narrow":
+            assert t <= config["bm"]
+            assert p.narrow_stages(config["bm"], config["ctas"]) >= 2
 
 
 def test_hopper_multiplies_grid_scales_with_wgmma_and_others_do_not(compiled):
@@ -112,7 +115,7 @@ def test_t_is_left_to_the_product_where_wgmma_begins(n, k, operand, compiled):
     first = defer_from_of(n, k)
     for t in (first, first + 7, 64, 4096):
         config = kernel.choose(problem(t, n, k, operand=operand))
-        assert config["kernel"] == "wgmma", t
+        assert config["kernel"] == ("narrow" if t <= 16 and operand == INT8 else "wgmma"), t
         assert config["bm"] >= 16, t  # 8 tokens are too few to share between two warpgroups
     if operand == INT8:  # before it prologue has t at the price of nothing, and no launch is added
         assert kernel.choose(problem(first - 1, n, k))["kernel"] == "skinny"
@@ -150,6 +153,7 @@ def test_candidates_name_their_kernel_and_hold_what_it_needs(form):
     needs = {
         "gemv": {"rows", "warps", "unroll"},
         "skinny": {"rw", "ks", "unroll"},
+        "narrow": {"bm", "splits", "ctas"},
         "wgmma": {"bm", "splits", "ctas"},
         "tile": {"bm", "bn", "warps", "stages"},
         "dense": set(),

@@ -21,13 +21,17 @@ def wgmma(bm, splits=1, ctas=1):
     return {"kernel": "wgmma", "bm": bm, "splits": splits, "ctas": ctas}
 
 
+def narrow(bm, splits=1, ctas=1):
+    return {**wgmma(bm, splits, ctas), "kernel": "narrow"}
+
+
 def random_args(*args, **options):
     return random_gemm_args(*args, device="cuda", **options)
 
 
 def run(args, config=None):
     assert kernel.unsupported(*args) is None
-    if config is not None and config["kernel"] == "wgmma" and torch.cuda.get_device_capability()[0] != 9:
+    if config is not None and config["kernel"] in ("wgmma", "narrow") and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("wgmma needs a Hopper GPU")
     torch.use_deterministic_algorithms(True)  # fresh memory is NaN
     try:
@@ -71,6 +75,12 @@ ODD = [
     (wgmma(64, 4), 50, 1000, 4096, 32, INT8, FP16, {}),
     (wgmma(64, 4), 70, 136, 2048, 64, BF16, BF16, {"addend": True}),
     (wgmma(128, 2), 130, 264, 1152, None, INT8, BF16, {}),
+    (narrow(16), 16, 200, 384, 64, INT8, FP16, {"bias": False}),  # K of an odd number of 128
+    (narrow(16, 3, ctas=2), 13, 264, 1152, 128, INT8, BF16, {"addend": True}),
+    (narrow(8, 2, ctas=2), 5, 136, 2048, 32, INT8, BF16, {"addend": True}),
+    (narrow(16, ctas=2), 9, 1000, 2048, None, INT8, BF16, {"group": 256}),
+    (narrow(16, 8, ctas=2), 16, 4096, 14336, 64, INT8, BF16, {}),
+    (narrow(16), 16, 20000, 512, 64, INT8, BF16, {"addend": True}),  # more tiles than programs
     (None, (2, 3), 70, 192, 6, INT8, torch.float32, {"group": 64}),
     (None, 100, 130, 384, 48, BF16, BF16, {"addend": True}),
     (None, 3, 40, 192, 6, torch.float32, torch.float32, {"group": 192}),
@@ -101,6 +111,11 @@ DEFERRED = [
     (wgmma(128, 4), 130, 264, 2048, 64, 128, BF16, BF16, {}),
     (wgmma(128), 130, 264, 512, 64, 64, INT8, BF16, {}),  # groups of 64: t in a launch of its own
     (wgmma(8), 5, 264, 512, 64, 128, INT8, BF16, {}),
+    (narrow(16), 13, 200, 384, 64, 128, INT8, BF16, {"addend": True}),
+    (narrow(16, 3, ctas=2), 16, 264, 1152, 128, 384, INT8, FP16, {}),
+    (narrow(8, 2), 5, 1000, 2048, 32, 256, INT8, BF16, {"addend": True}),
+    (narrow(16, ctas=2), 16, 40000, 640, 64, 128, INT8, BF16, {"bias": False}),
+    (narrow(16), 9, 264, 512, 64, 64, INT8, BF16, {}),  # groups of 64: t in a launch of its own
     (SKINNY, 9, 1000, 2048, 64, 128, FP16, FP16, {}),
     ({"kernel": "dense"}, 40, 264, 512, 32, 128, BF16, BF16, {}),
     (None, 33, 130, 384, 48, 192, INT8, torch.float32, {"group": 64}),
@@ -128,6 +143,9 @@ def test_t_that_was_left_to_it_is_within_its_bound(config, t, n, k, rank, group,
         (wgmma(64, 2), 64, 6144, 4096),
         (wgmma(64, 4), 64, 4096, 4096),
         (wgmma(256, 2), 512, 4096, 14336),
+        (narrow(16, ctas=2), 16, 28672, 4096),
+        (narrow(16, 4), 16, 4096, 14336),
+        (narrow(16, 8, ctas=2), 16, 4096, 14336),
     ],
 )
 def test_t_is_handed_over_ten_thousand_times(config, t, n, k):
@@ -193,6 +211,16 @@ def test_a_thousand_launches_give_the_same_bits(t, operand):
     for _ in range(1000):
         different += (kernel.launch(*args).view(torch.int16) != first.view(torch.int16)).sum()
     assert different.item() == 0
+
+
+@pytest.mark.parametrize(("bm", "splits"), [(16, 8), (16, 6), (8, 8), (16, 4)])
+def test_a_buffer_is_read_before_it_is_filled_again(bm, splits):
+    """Weights that the L2 cache holds come faster than two programs on a multiprocessor read them. Without a fence a
+    warp then read, in every launch, what had been copied over its own weights."""
+    args = random_args(bm, 4096, 14336, None, INT8, BF16)
+    expected = run(args, narrow(bm))
+    for _ in range(300):
+        assert torch.equal(kernel.launch(*args, config=narrow(bm, splits, ctas=2)), expected)
 
 
 def test_two_streams_do_not_disturb_each_other():
