@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from tqcompile.kernels.split_counters import split_counters
+from tqcompile.kernels.token_t import in_planes
 from tqcompile.kernels.twin_linear import INTERPRET, _form, _nibbles, round_to
 
 
@@ -13,10 +14,8 @@ def _store_t(acc, x_scale, t, m, r, T, R, factor, INT: tl.constexpr, INTERPRET: 
     if INT:
         acc *= (tl.load(x_scale + m, mask=m < T, other=0.0) * factor)[None, :]
     live = (m < T)[None, :] & (r < R)[:, None]
-    in_planes = r % 2 * (R // 2) + r // 2
-    tl.store(
-        t + m.to(tl.int64)[None, :] * R + in_planes[:, None], round_to(acc, t.dtype.element_ty, INTERPRET), mask=live
-    )
+    at = t + m.to(tl.int64)[None, :] * R + in_planes(r, R)[:, None]
+    tl.store(at, round_to(acc, t.dtype.element_ty, INTERPRET), mask=live)
 
 
 @triton.jit(do_not_specialize=["T"])
