@@ -13,7 +13,6 @@ import argparse
 import importlib
 import json
 import pathlib
-import statistics
 import sys
 import time
 
@@ -53,42 +52,25 @@ def copies_of(weights: list) -> list[list]:
     return [weights, *clones]
 
 
-def replays(call, copies: list[list]):
-    """A function that gives the milliseconds of ``call(weights)`` for every weight copy, in one CUDA graph."""
-    if copies[0][0].device.type == "cpu":  # only to try the script
-
-        def once() -> float:
-            start = time.perf_counter()
-            call(copies[0])
-            return (time.perf_counter() - start) * 1e3 * len(copies)
-
-        return once
-    call(copies[0])
-    replay, _ = tuner.capture(lambda: [call(weights) for weights in copies])
-
-    def timed() -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-    return timed
-
-
 def microseconds(calls: dict[str, tuple], budget_ms: float = 60.0) -> dict[str, float]:
-    """Median time of each ``call(weights)``, given as (call, weight copies).
+    """Median time of each ``call(weights)``, given as (call, weight copies); they take turns."""
+    timers = {}
+    for key, (call, copies) in calls.items():
+        if copies[0][0].device.type == "cpu":  # only to try the script
+            timers[key] = (cpu_timer(call, copies), len(copies))
+        else:
+            call(copies[0])
+            timers[key] = (tuner.timer(call, copies), len(copies))
+    return tuner.times_in_turns(timers, budget_ms)
 
-    They take turns, so that all of them meet the GPU at the same clock, which falls while large products run."""
-    timed = {key: replays(*given) for key, given in calls.items()}
-    warm = sum(once() for once in timed.values())
-    rounds = max(7, min(30, int(budget_ms / max(warm, 1e-3))))
-    found: dict[str, list[float]] = {key: [] for key in timed}
-    for _ in range(rounds):
-        for key, once in timed.items():
-            found[key].append(once())
-    return {key: statistics.median(times) * 1e3 / len(calls[key][1]) for key, times in found.items()}
+
+def cpu_timer(call, copies: list[list]):
+    def once() -> float:
+        start = time.perf_counter()
+        call(copies[0])
+        return (time.perf_counter() - start) * 1e3 * len(copies)
+
+    return once
 
 
 def composition(n: int, k: int, rank: int):

@@ -2,10 +2,10 @@
 
     python benchmarks/low_bit.py --json low_bit.json
 
-Every kernel is first compared with the plain-torch definition. Times are medians over replays of a CUDA graph that
-goes through enough copies of the weights to leave the L2 cache. "w2" and "w3" have zero points, "lattice" an offset;
-"transform + lattice" is a UniSVQ layer as it runs after lowering: ``prologue`` with a block-128 rotation in front.
-"w4" is the product of the 4-bit weight-only form.
+Every kernel is first compared with the plain-torch definition. Times are medians over replays of CUDA graphs that
+go through enough copies of the weights to leave the L2 cache; the forms of a layer take turns. "w2" and "w3" have zero
+points, "lattice" an offset; "transform + lattice" is a UniSVQ layer as it runs after lowering: ``prologue`` with a
+block-128 rotation in front. "w4" is the product of the 4-bit weight-only form.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def measure(n: int, k: int, t: int) -> dict:
 
     x = torch.randn(t, k, device="cuda", dtype=torch.bfloat16)
     rotation = torch.linalg.qr(torch.randn(128, 128, device="cuda"))[0].bfloat16().contiguous()  # as layers hold it
-    times, form = {}, ""
+    calls, form = {}, ""
 
     def transformed(x):
         return ops.prologue(x, None, None, None, rotation, None, None, "none", 0.0, 16, 0.0, False)[0]
@@ -63,17 +63,16 @@ def measure(n: int, k: int, t: int) -> dict:
 
         checked(f"{name} {n}x{k} T={t}", product(x, copies[0]), ops.lattice_linear_reference(*args))
         form = kernel.describe(*args)
-        times[name] = tuner.graph_time(lambda copy, product=product: product(x, copy), copies)
+        calls[name] = (lambda copy, product=product: product(x, copy), copies)
         if lattice:
-            whole = lambda copy, product=product: product(transformed(x), copy)  # noqa: E731
-            times["transform + lattice"] = tuner.graph_time(whole, copies)
-        del copies
+            calls["transform + lattice"] = (lambda copy, product=product: product(transformed(x), copy), copies)
     problem = tuner.Problem(n, k, 0, 128, torch.bfloat16, True)
     four = [tuner.twin_gemm_arguments(problem, t, seed) for seed in range(max(1, int(CACHE / (n * k / 2))))]
     checked(f"w4 {n}x{k} T={t}", ops.twin_gemm(*four[0]), ops.twin_gemm_reference(*four[0]))
-    times["w4"] = tuner.graph_time(lambda args: ops.twin_gemm(*args), four)
+    calls["w4"] = (lambda args: ops.twin_gemm(*args), four)
     dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(max(1, int(CACHE / (2 * n * k))))]
-    times["bf16"] = tuner.graph_time(lambda w: torch.nn.functional.linear(x, w), dense)
+    calls["bf16"] = (lambda w: torch.nn.functional.linear(x, w), dense)
+    times = tuner.times_in_turns({key: (tuner.timer(*given), len(given[1])) for key, given in calls.items()})
     return {"n": n, "k": k, "t": t, "microseconds": times, "form": form}
 
 

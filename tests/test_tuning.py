@@ -207,6 +207,23 @@ def clock(call, copies) -> float:
     return call.args[1]["us"] if call.args[1] else 50.0
 
 
+def test_times_are_taken_in_turns():
+    order, clock_of_gpu = [], iter(range(10**6))
+
+    def slower_and_slower(name, ms):
+        def once():
+            order.append(name)
+            return ms * (1 + next(clock_of_gpu) / 100)
+
+        return once
+
+    found = tuner.times_in_turns({"one": (slower_and_slower("one", 2.0), 4), "two": (slower_and_slower("two", 1.0), 1)})
+    assert order == ["one", "two"] * (len(order) // 2)
+    assert len(order) >= 16  # one round that does not count, and seven
+    assert 2 * found["one"] == pytest.approx(found["two"], rel=0.02)  # whatever the clock did, both saw it
+    assert found["two"] > 1000
+
+
 def tuned(candidates, problem=None, t=5) -> tuner.Outcome:
     problem, kernel = problem or Problem(48, 256, 8), Kernel()
 

@@ -9,7 +9,7 @@ import functools
 import importlib
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -212,12 +212,7 @@ def difference(y: torch.Tensor, expected: torch.Tensor) -> str | None:
 
 def graph_time(call: Callable, copies: list[tuple]) -> float:
     """Median microseconds of one call, in a CUDA graph of one call a copy."""
-
-    def once() -> None:
-        for arguments in copies:
-            call(arguments)
-
-    replay, _ = capture(once)
+    replay = _replay_of(call, copies)
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(12)]
     for start, end in events:
         start.record()
@@ -225,6 +220,39 @@ def graph_time(call: Callable, copies: list[tuple]) -> float:
         end.record()
     torch.cuda.synchronize()
     return statistics.median(start.elapsed_time(end) for start, end in events[2:]) * 1e3 / len(copies)
+
+
+def _replay_of(call: Callable, copies: list) -> Callable[[], None]:
+    return capture(lambda: [call(copy) for copy in copies])[0]
+
+
+def timer(call: Callable, copies: list) -> Callable[[], float]:
+    """A function that measures the milliseconds of ``call(copy)`` for every copy together, in one CUDA graph."""
+    replay, busy = _replay_of(call, copies), torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+
+    def once() -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        busy.zero_()  # the GPU has work until the graph is queued, or its launch would count too
+        start.record()
+        replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    return once
+
+
+def times_in_turns(timers: Mapping[str, tuple[Callable[[], float], int]], budget_ms: float = 60.0) -> dict[str, float]:
+    """Median microseconds of one call of each timer, given with its number of calls.
+
+    They take turns, so that all of them meet the GPU at the same clock, which falls while large products run."""
+    warm = sum(once() for once, _ in timers.values())
+    rounds = max(7, min(30, int(budget_ms / max(warm, 1e-3))))
+    found: dict[str, list[float]] = {key: [] for key in timers}
+    for _ in range(rounds):
+        for key, (once, _) in timers.items():
+            found[key].append(once())
+    return {key: statistics.median(found[key]) * 1e3 / count for key, (_, count) in timers.items()}
 
 
 def twin_gemm_arguments(problem: Problem, tokens: int, seed: int, device: str = "cuda") -> tuple:
