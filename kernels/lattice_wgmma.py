@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from tqcompile.kernels.gluon_common import grid_release, grid_wait
-from tqcompile.kernels.wgmma_tiles import ROWS, add_parts, item_at, items_of, tile_at
+from tqcompile.kernels.wgmma_tiles import ROWS, add_parts, halves, item_at, items_of, store_y, tile_at
 
 
 def _bf16(value: float) -> int:
@@ -237,14 +237,11 @@ def _multiply(
             y = acc
             if HAS_BIAS:
                 y += gl.expand_dims(gl.load(bias + n_safe).to(gl.float32), 1)
-            pieces = (y,) if PIECES == 1 else gl.split(gl.permute(gl.reshape(y, [64, 2, BM // 2]), (0, 2, 1)))
+            pieces = (y,) if PIECES == 1 else halves(y)
             for j in gl.static_range(PIECES):
                 tma.store_wait(0)
                 gl.thread_barrier()
-                y_own.permute((1, 0)).store(pieces[j].to(out))
-                fence_async_shared()
-                gl.thread_barrier()
-                tma.async_copy_shared_to_global(y_desc, [m0 + j * (BM // PIECES), n0], y_own)
+                store_y(pieces[j], y_own, y_desc, m0 + j * (BM // PIECES), n0)
     tma.store_wait(0)
 
 

@@ -18,13 +18,15 @@ from tqcompile.kernels.gluon_common import grid_release, grid_wait
 from tqcompile.kernels.wgmma_tiles import (
     ROWS,
     add_parts,
+    await_t,
+    copy_t,
     early_item,
-    hand_over,
+    give_t,
     int8_operand,
     item_at,
     items_of,
     reset_after_all,
-    take_over,
+    store_y,
     tile_at,
 )
 
@@ -71,12 +73,9 @@ def _copy_tiles(
         if R > 0:
             if i >= own_low:
                 if LOW > 0:
-                    take_over(ready + m0 // BM, LOW)
-                mbarrier.wait(t_empty, t_phase)
+                    await_t(ready + m0 // BM, LOW)
+                copy_t(t_desc, ts, m0, t_full, t_empty, t_phase, BM, R)
                 t_phase ^= 1
-                mbarrier.expect(t_full, BM * R * 2)
-                tma.async_copy_global_to_shared(t_desc, [m0, 0], t_full, ts.index(0))
-                tma.async_copy_global_to_shared(t_desc, [m0, R // 2], t_full, ts.index(1))
     if LOW > 0:
         reset_after_all(ready, tiles_m)
 
@@ -129,10 +128,7 @@ def _multiply_down(
     finish, total = add_parts(total, first, 2 * part + HALF, 2 * parts, partials, counters + 2 * tile, 1, BM)
     if finish:
         m = m0 + gl.arange(0, BM, gl.SliceLayout(0, mma))
-        total *= gl.expand_dims(gl.load(x_scale + m, mask=m < T, other=0.0), 0)
-        at = gl.expand_dims(m * R, 0) + gl.expand_dims(r % 2 * (R // 2) + r // 2, 1)
-        gl.store(t + at, total.to(t.dtype.element_ty), mask=gl.expand_dims(m < T, 0) & gl.expand_dims(r < R, 1))
-        hand_over(ready + tile // LOW)
+        give_t(total, m, r, x_scale, t, ready + tile // LOW, T, R, True)
     return slot, phase
 
 
@@ -251,10 +247,7 @@ def _multiply(
             else:
                 tma.store_wait(0)
             gl.thread_barrier()
-            y_own.permute((1, 0)).store(y.to(out))
-            fence_async_shared()
-            gl.thread_barrier()
-            tma.async_copy_shared_to_global(y_desc, [m0, n0], y_own)
+            store_y(y, y_own, y_desc, m0, n0)
         elif HAS_ADDEND:
             mbarrier.wait(a_bar, a_phase)
         a_phase ^= 1

@@ -32,16 +32,18 @@ from tqcompile.kernels.gluon_common import grid_release, grid_wait
 from tqcompile.kernels.wgmma_tiles import (
     ROWS,
     add_parts,
+    await_t,
+    copy_t,
     early_item,
     exchange_parts,
     float_operand,
+    give_t,
     halves,
-    hand_over,
     int8_operand,
     item_at,
     items_of,
     reset_after_all,
-    take_over,
+    store_y,
     tile_at,
 )
 
@@ -91,14 +93,11 @@ def _copy_tiles(
         if R > 0:
             if i >= own_low:
                 if LOW > 0:
-                    take_over(ready + m0 // BM, 2 * LOW)
+                    await_t(ready + m0 // BM, 2 * LOW)
                 # Last: what is in ts now is read until the tile before this one ends.
-                mbarrier.wait(t_empty, t_phase)
-                t_phase ^= 1
-                mbarrier.expect(t_full, SHARE * R * 2)
                 m_t = m0 + part * SHARE if SHARES > 1 else m0
-                tma.async_copy_global_to_shared(t_desc, [m_t, 0], t_full, ts.index(0))
-                tma.async_copy_global_to_shared(t_desc, [m_t, R // 2], t_full, ts.index(1))
+                copy_t(t_desc, ts, m_t, t_full, t_empty, t_phase, SHARE, R)
+                t_phase ^= 1
     if LOW > 0:
         reset_after_all(ready, tiles_m)
 
@@ -106,7 +105,7 @@ def _copy_tiles(
 @gluon.jit
 def _multiply_down(
     HALF: gl.constexpr, x_desc, ws, xs, full, empty, x_scale, down_scale, t, partials, counters, ready, slot, phase,
-    tile, part, parts, steps, T, out: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, R: gl.constexpr,
+    tile, part, parts, steps, T, BM: gl.constexpr, STAGES: gl.constexpr, R: gl.constexpr,
     LOW: gl.constexpr, DOWN_STEPS: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's share of a part of a tile of t: 64 rows of down, half of the BM tokens. Returns slot and phase."""
@@ -147,11 +146,7 @@ def _multiply_down(
         finish, total = add_parts(total, 2 * tile * parts + HALF, part, parts, partials, counter, 2, BM)
     if finish:
         m = m0 + HALF * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, mma))
-        if INT:
-            total *= gl.expand_dims(gl.load(x_scale + m, mask=m < T, other=0.0), 0)
-        at = gl.expand_dims(m * R, 0) + gl.expand_dims(r % 2 * (R // 2) + r // 2, 1)
-        gl.store(t + at, total.to(out), mask=gl.expand_dims(m < T, 0) & gl.expand_dims(r < R, 1))
-        hand_over(ready + tile // LOW)
+        give_t(total, m, r, x_scale, t, ready + tile // LOW, T, R, INT)
     return slot, phase
 
 
@@ -224,7 +219,7 @@ def _multiply(
             tile, part = early_item(i, low_parts)
             slot, phase = _multiply_down(
                 HALF, x_desc, ws, xs, full, empty, x_scale, down_scale, t, partials, counters, ready, slot, phase,
-                tile, part, low_parts, steps, T, out, BM, STAGES, R, LOW, DOWN_STEPS,
+                tile, part, low_parts, steps, T, BM, STAGES, R, LOW, DOWN_STEPS,
             )  # fmt: skip
     if AHEAD:
         scale_at, unit, s, s_next, c, up_s, u = _of_weights(
@@ -316,14 +311,10 @@ def _multiply(
                     mbarrier.wait(a_bar, a_phase)
                     a_phase ^= 1
                     piece += y_own.permute((1, 0)).load(piece.type.layout).to(gl.float32)
-                    gl.thread_barrier()
                 else:
                     tma.store_wait(0)
-                    gl.thread_barrier()
-                y_own.permute((1, 0)).store(piece.to(out))
-                fence_async_shared()
                 gl.thread_barrier()
-                tma.async_copy_shared_to_global(y_desc, [m_y + j * (SHARE // PIECES), n0], y_own)
+                store_y(piece, y_own, y_desc, m_y + j * (SHARE // PIECES), n0)
         elif HAS_ADDEND:
             mbarrier.wait(a_bar, a_phase)
             a_phase ^= 1

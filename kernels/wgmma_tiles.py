@@ -1,8 +1,9 @@
 """What the ``wgmma`` kernels share: which tile and which steps of K a program has, weights unpacked to the register
-operand, the sum of a tile's parts, and hand-over of values between programs of one launch."""
+operand, the sum of a tile's parts, hand-over of t between programs of one launch, and the way of a tile to memory."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 ROWS = gl.constexpr(128)  # of a tile
 BAND = gl.constexpr(8)  # token tiles that run together, so that they share weights and x in the L2 cache
@@ -194,18 +195,31 @@ def _async_proxy(counter):
 
 
 @gluon.jit
-def hand_over(counter):
-    """All stores of this warpgroup before; then one more on the counter."""
+def give_t(total, m, r, x_scale, t, counter, T, R: gl.constexpr, INT: gl.constexpr):
+    """Store total (64, tokens), elements r of tokens m of t (T, R), in plane order; then one more on the counter."""
+    if INT:
+        total *= gl.expand_dims(gl.load(x_scale + m, mask=m < T, other=0.0), 0)
+    at = gl.expand_dims(m * R, 0) + gl.expand_dims(r % 2 * (R // 2) + r // 2, 1)
+    gl.store(t + at, total.to(t.dtype.element_ty), mask=gl.expand_dims(m < T, 0) & gl.expand_dims(r < R, 1))
     _async_proxy(counter)
     gl.thread_barrier()  # all stores come before the one thread's release
     gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
 
 
 @gluon.jit
-def take_over(counter, givers):
-    """Wait until ``givers`` warpgroups have handed over; what they stored can then be copied with TMA."""
+def await_t(counter, givers):
+    """Wait until ``givers`` warpgroups have given their t, which can then be copied with TMA."""
     _await(counter, givers)
     _async_proxy(counter)
+
+
+@gluon.jit
+def copy_t(t_desc, ts, m, full, empty, phase, TOKENS: gl.constexpr, R: gl.constexpr):
+    """Both planes of t of TOKENS tokens from m on, when the tile before needs what is in ts no more."""
+    mbarrier.wait(empty, phase)
+    mbarrier.expect(full, TOKENS * R * 2)
+    tma.async_copy_global_to_shared(t_desc, [m, 0], full, ts.index(0))
+    tma.async_copy_global_to_shared(t_desc, [m, R // 2], full, ts.index(1))
 
 
 @gluon.jit
@@ -215,3 +229,12 @@ def reset_after_all(counters, number):
     if gl.atomic_add(counters + number, 1, sem="acq_rel", scope="gpu") == gl.num_programs(0) - 1:
         for i in range(number + 1):
             gl.store(counters + i, 0)
+
+
+@gluon.jit
+def store_y(y, y_own, y_desc, m, n):
+    """y (64, tokens) to rows m .. and columns n .. of y_desc, through y_own, which nobody reads any more."""
+    y_own.permute((1, 0)).store(y.to(y_desc.dtype))
+    fence_async_shared()
+    gl.thread_barrier()
+    tma.async_copy_shared_to_global(y_desc, [m, n], y_own)
