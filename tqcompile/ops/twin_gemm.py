@@ -26,7 +26,8 @@ def from_planes(planes: torch.Tensor) -> torch.Tensor:
 
 def defer_from_of(n: int, k: int) -> int:
     """Number of tokens from which ``twin_gemm`` makes t of an (N, K) layer beside its own product: where a Hopper GPU
-    takes its ``wgmma`` kernel (kernels/twin_gemm.py). A ``prologue`` of fewer tokens makes t in its one launch."""
+    takes its ``narrow`` or ``wgmma`` kernel (kernels/twin_gemm.py). A ``prologue`` of fewer tokens makes t in its one
+    launch."""
     weights = n * k
     return 33 if weights <= 2**24 else 17 if weights < 2**25 else 9
 
