@@ -8,29 +8,22 @@ of an ``mma.sync``: columns 0, 1 and 3 of one unit of a pair and 4, 5 and 7 of t
 codes belong to the other unit. So 16 bytes of codes a lane, half a unit, serve two groups with one product. Sums of a
 unit are exact; scales, zero points and offsets act on them in fp32. Warps share K and meet once, in a fixed order.
 
-Every program makes its own integers, while its first codes are on their way. Compiled for sm_90 a weight of 2 bits
-costs 1.2 instructions in all, 0.85 without what makes x integer.
+Every program makes its own integers, while its first codes are on their way: to registers, or with DEPTH each lane
+copies those it will read to shared memory of its own (``cp.async``), so that more can be on their way and the loop
+loads nothing. Compiled for sm_90 a weight of 2 bits costs 1.2 or 1.4 instructions in all, 0.85 or 1.05 without what
+makes x integer.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from tqcompile.kernels.gemv_codes import arrived, ask_for, load_codes, room, twice, unpack
 from tqcompile.kernels.gluon_common import grid_release, grid_wait, load_live
 from tqcompile.kernels.twin_skinny import split_columns, store_output
 
 _MMA = gl.constexpr(
     "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
-)
-_LOW = gl.constexpr("{ .reg .b32 s; and.b32 $0, $4, 0x03030303; and.b32 $1, $4, 0x0C0C0C0C; shr.u32 s, $4, 4; "
-                    "and.b32 $2, s, 0x03030303; and.b32 $3, s, 0x0C0C0C0C; }")  # fmt: skip
-# The high bits of 16 codes are two bytes, the lower one in both lower bytes of $5: after two masks, each byte has four.
-_HIGH = gl.constexpr(
-    "{ .reg .b32 s, h, u; shr.u32 s, $4, 4; shr.u32 h, $5, 4; and.b32 h, h, 0x0F000F00; "
-    "lop3.b32 u, $5, 0x000F000F, h, 0xEA; "
-    "and.b32 $0, $4, 0x03030303; shl.b32 h, u, 2; lop3.b32 $0, h, 0x04040404, $0, 0xEA; "
-    "and.b32 $1, $4, 0x0C0C0C0C; shl.b32 h, u, 3; lop3.b32 $1, h, 0x10101010, $1, 0xEA; "
-    "and.b32 $2, s, 0x03030303; lop3.b32 $2, u, 0x04040404, $2, 0xEA; "
-    "and.b32 $3, s, 0x0C0C0C0C; shl.b32 h, u, 1; lop3.b32 $3, h, 0x10101010, $3, 0xEA; }"
 )
 _DIGITS = gl.constexpr(
     "{ .reg .b32 a, b; prmt.b32 a, $3, $4, 0x5140; prmt.b32 b, $5, $6, 0x5140; "
@@ -38,27 +31,6 @@ _DIGITS = gl.constexpr(
     "prmt.b32 a, $3, $4, 0x0062; prmt.b32 b, $5, $6, 0x0062; prmt.b32 $0, a, b, 0x5410; "
     "xor.b32 $1, $1, 0x80808080; xor.b32 $2, $2, 0x80808080; }"
 )
-
-
-@gluon.jit
-def _codes(word, high, BITS: gl.constexpr):
-    """Columns 0, 1, 2, 3 of every four of a word of 16 codes, a byte each; columns 1 and 3 times four.
-    high: for 3 bits, the word's two bytes of high bits, each twice."""
-    if BITS == 3:
-        return gl.inline_asm_elementwise(
-            _HIGH, "=&r,=&r,=&r,=&r,r,r", [word, high],
-            dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-    return gl.inline_asm_elementwise(
-        _LOW, "=&r,=&r,=&r,=&r,r", [word], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _twice(high, ORDER: gl.constexpr):
-    """Two of the four bytes, each in two neighbouring ones."""
-    asm: gl.constexpr = f"prmt.b32 $0, $1, $1, {ORDER};"
-    return gl.inline_asm_elementwise(asm, "=r,r", [high], dtype=gl.int32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -182,29 +154,41 @@ def _of_lane(factors, which: gl.constexpr, start: gl.constexpr, lane, RW: gl.con
 
 @gluon.jit
 def _of_groups(
-    at, own, lane_s, lane, start: gl.constexpr, UNROLL: gl.constexpr, OWN: gl.constexpr, V: gl.constexpr,
+    at, own, lane_s, lane, start: gl.constexpr, COUNT: gl.constexpr, OWN: gl.constexpr, V: gl.constexpr,
     U: gl.constexpr, GROUP_UNITS: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
-    """A row's values of the unit that a lane's columns belong to, for each of UNROLL pairs. at: of the row, and own: a
-    warp's first unit, (warps, lanes, 1). V neighbours are loaded at once."""
+    """A row's values of the unit that a lane's columns belong to, for COUNT pairs from start on. at: of the row, and
+    own: a warp's first unit, (warps, lanes, 1). V neighbours are loaded at once."""
     flat: gl.constexpr = lane.type.layout
     found = ()
     if V == 1:
         unit = own + lane_s % 4 // 2
-        for i in gl.static_range(UNROLL):
-            if start + i < OWN:
-                one = load_live(at + (unit + 2 * (start + i)) // GROUP_UNITS, unit < U - 2 * (start + i), EDGE)
+        for i in gl.static_range(start, start + COUNT):
+            if i < OWN:
+                one = load_live(at + (unit + 2 * i) // GROUP_UNITS, unit < U - 2 * i, EDGE)
                 found = found + split_columns(one, flat)
     else:
         layout: gl.constexpr = own.type.layout
         v = gl.expand_dims(gl.expand_dims(gl.arange(0, V, gl.SliceLayout(0, gl.SliceLayout(1, layout))), 0), 1)
-        for i in gl.static_range(0, UNROLL, V // 2):
-            if start + i < OWN:
-                several = load_live(at + own + (2 * (start + i) + v), own < U - 2 * (start + i), EDGE)
-                several = split_columns(several, flat)
+        for i in gl.static_range(start, start + COUNT, V // 2):
+            if i < OWN:
+                several = split_columns(load_live(at + own + (2 * i + v), own < U - 2 * i, EDGE), flat)
                 for j in gl.static_range(V // 2):
                     found = found + (gl.where(lane % 4 < 2, several[2 * j], several[2 * j + 1]),)
     return found
+
+
+@gluon.jit
+def _and_groups(
+    found, at, group_at, own, lane_s, lane, start: gl.constexpr, COUNT: gl.constexpr, OWN: gl.constexpr,
+    V: gl.constexpr, U: gl.constexpr, GROUP_UNITS: gl.constexpr, EDGE: gl.constexpr,
+):  # fmt: skip
+    """What was found for every row, and :func:`_of_groups` of COUNT pairs from start on."""
+    more = ()
+    for r in gl.static_range(len(group_at)):
+        of_row = _of_groups(at + group_at[r], own, lane_s, lane, start, COUNT, OWN, V, U, GROUP_UNITS, EDGE)
+        more = more + (found[r] + of_row,)
+    return more
 
 
 @gluon.jit
@@ -223,18 +207,19 @@ def lattice_gemv(
     RT: gl.constexpr, RW: gl.constexpr, KS: gl.constexpr, UNROLL: gl.constexpr, V: gl.constexpr,
     U: gl.constexpr, OWN: gl.constexpr, S: gl.constexpr, GROUP_UNITS: gl.constexpr, BITS: gl.constexpr,
     D: gl.constexpr, ZERO_STEPS: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr,
-    PDL: gl.constexpr,
+    DEPTH: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """16 RT RW rows a program, RW times KS warps, KS of which share K and take OWN pairs of units each.
 
     S: 2 KS OWN, rounded up to a power of two and at least 4 KS. V: scales of a row that a lane loads at once: 1, or an
-    even number that divides U, 2 UNROLL and 2 OWN, and then GROUP_UNITS is 1. x: (128 U,) 16-bit floats. The other
-    arguments are those of ``lattice_skinny``.
+    even number that divides U and 2 OWN, and then GROUP_UNITS is 1. DEPTH: steps of UNROLL pairs whose codes are on
+    their way. x: (128 U,) 16-bit floats. The other arguments are those of ``lattice_skinny``.
     """
     EDGE: gl.constexpr = 2 * OWN * KS > U  # the last warps have fewer
     SHIFTED: gl.constexpr = HAS_ZERO or D > 0
     KW: gl.constexpr = 4 * BITS * U
     W: gl.constexpr = RW * KS
+    AT_ONCE: gl.constexpr = OWN if DEPTH > 0 else UNROLL  # pairs whose scales are loaded together
     of_w: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [W, 1, 1], [2, 1, 0])  # (warps, lanes, words)
     of_h: gl.constexpr = gl.BlockedLayout([1, 1, 2], [1, 32, 1], [W, 1, 1], [2, 1, 0])
     of_s: gl.constexpr = gl.BlockedLayout([1, 1, V], [1, 32, 1], [W, 1, 1], [2, 1, 0])
@@ -267,39 +252,45 @@ def lattice_gemv(
     sums = ()
     for _i in gl.static_range(2 * RT):
         sums = sums + (gl.zeros([W, 32], gl.float32, flat),)
+    # A buffer each: the compiler puts a barrier between two copies to parts of one.
+    low_rooms = ()
+    high_rooms = ()
+    for _place in gl.static_range(DEPTH * UNROLL * 2 * RT):
+        low_rooms = low_rooms + (room(W, 4),)
+        if BITS == 3:
+            high_rooms = high_rooms + (room(W, 2),)
+    digits = gl.allocate_shared_memory(gl.int32, [4, S // 2, 64], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    factors = gl.allocate_shared_memory(gl.float32, [2, S // 2, 2], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    scales = ()
+    for _i in gl.static_range(2 * RT):
+        scales = scales + ((),)
+    zeros = scales
     for start in gl.static_range(0, OWN, UNROLL):
-        ws = ()
-        highs = ()
-        scales = ()
-        zeros = ()
-        for i in gl.static_range(UNROLL):
-            if start + i < OWN:
-                for r in gl.static_range(2 * RT):
-                    live = half_w < 2 * U - 4 * (start + i)
-                    ws = ws + (load_live(w_at[r] + (start + i) * 16, live, EDGE),)
-                    if BITS == 3:
-                        live = half_h < 2 * U - 4 * (start + i)
-                        highs = highs + (load_live(high_at[r] + (start + i) * 8, live, EDGE),)
-        for r in gl.static_range(2 * RT):
-            scales = scales + (
-                _of_groups(scale + group_at[r], own_s, lane_s, lane, start, UNROLL, OWN, V, U, GROUP_UNITS, EDGE),
+        if DEPTH == 0:
+            lows, highs = load_codes(w_at, high_at, half_w, half_h, start, UNROLL, OWN, U, BITS, EDGE)
+        elif start == 0:
+            for step in gl.static_range(DEPTH):
+                ask_for(low_rooms, high_rooms, w_at, high_at, half_w, half_h, step, UNROLL, OWN, U, BITS, DEPTH, EDGE)
+        if DEPTH == 0 or start == 0:
+            scales = _and_groups(
+                scales, scale, group_at, own_s, lane_s, lane, start, AT_ONCE, OWN, V, U, GROUP_UNITS, EDGE
             )
             if HAS_ZERO:
-                zeros = zeros + (
-                    _of_groups(zero + group_at[r], own_s, lane_s, lane, start, UNROLL, OWN, V, U, GROUP_UNITS, EDGE),
+                zeros = _and_groups(
+                    zeros, zero, group_at, own_s, lane_s, lane, start, AT_ONCE, OWN, V, U, GROUP_UNITS, EDGE
                 )
         if start == 0:
-            plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-            digits = gl.allocate_shared_memory(gl.int32, [4, S // 2, 64], plain)
-            factors = gl.allocate_shared_memory(gl.float32, [2, S // 2, 2], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
             if PDL:
                 x += 8 * grid_wait(N)  # 16 bytes stay 16 bytes for the compiler
             _make_integer(x, offset, digits, factors, U, KS, OWN, S, W, D)
+        if DEPTH > 0:
+            async_copy.wait_group(DEPTH - 1)
+            lows, highs = arrived(low_rooms, high_rooms, start // UNROLL % DEPTH, UNROLL * 2 * RT, of_w, of_h, BITS)
         for i in gl.static_range(UNROLL):
             if start + i < OWN:
                 rows = ()  # the codes of every row, word by word
                 for r in gl.static_range(2 * RT):
-                    low = split_columns(ws[i * 2 * RT + r], flat)
+                    low = split_columns(lows[i * 2 * RT + r], flat)
                     of_row = ()
                     high = (low[0], low[0])
                     if BITS == 3:
@@ -307,8 +298,8 @@ def lattice_gemv(
                     for j in gl.static_range(4):
                         of_word = high[j // 2]
                         if BITS == 3:
-                            of_word = _twice(of_word, 0x1100 if j % 2 == 0 else 0x3322)
-                        of_row = of_row + _codes(low[j], of_word, BITS)
+                            of_word = twice(of_word, 0x1100 if j % 2 == 0 else 0x3322)
+                        of_row = of_row + unpack(low[j], of_word, BITS)
                     rows = rows + (of_row,)
                 x_words = _of_pair(digits, (start + i) * KS, lane, RW, KS)
                 step = _of_lane(factors, 0, (start + i) * KS, lane, RW, KS) * unit_of
@@ -324,17 +315,22 @@ def lattice_gemv(
                         ones = _mma(a[h], b[h], a[h + 2], b[h + 2], x_words[h], x_words[h + 2], ones)
                         fours = _mma(a[h + 1], b[h + 1], a[h + 3], b[h + 3], x_words[h + 1], x_words[h + 3], fours)
                     for half in gl.static_range(2):
-                        s = scales[2 * r + half][i].to(gl.float32)
+                        s = scales[2 * r + half][start + i].to(gl.float32)
                         exact = (ones[2 * half] * weight + ones[2 * half + 1]) * 4
                         exact += fours[2 * half] * weight + fours[2 * half + 1]
                         total = sums[2 * r + half] + exact.to(gl.float32) * (s * step)
                         if HAS_ZERO:
-                            z = zeros[2 * r + half][i].to(gl.float32) * (-1.0 / ZERO_STEPS)
+                            z = zeros[2 * r + half][start + i].to(gl.float32) * (-1.0 / ZERO_STEPS)
                             total += s * (z * shift)
                         elif D > 0:
                             total += s * shift
                         new = new + (total,)
                 sums = new
+        if DEPTH > 0:
+            ask_for(
+                low_rooms, high_rooms, w_at, high_at, half_w, half_h, start // UNROLL + DEPTH, UNROLL, OWN, U, BITS,
+                DEPTH, EDGE,
+            )  # fmt: skip
     rooms = gl.allocate_shared_memory(gl.float32, [RT, KS, 64 * RW], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     for i in gl.static_range(RT):
         rooms.index(i).store(gl.reshape(gl.join(_of_lanes(sums[2 * i]), _of_lanes(sums[2 * i + 1])), [KS, 64 * RW]))

@@ -86,7 +86,7 @@ def describe(x, codes, scale, zero, offset, bias, bits) -> str:
     whole = GLUON and not INTERPRET and x.dtype in (torch.float16, torch.bfloat16) and group % UNIT == 0
     if whole and t == 1:
         cut = choose_gemv(scale.shape[0], k, bits)
-        if gemv_bytes(k, cut.k_warps, cut.unroll) <= SHARED_BYTES:
+        if gemv_bytes(k, cut, bits) <= SHARED_BYTES:
             return "gemv"
     if whole and t <= SKINNY_TOKENS:
         return "skinny"
@@ -98,20 +98,23 @@ def describe(x, codes, scale, zero, offset, bias, bits) -> str:
 
 class Gemv(NamedTuple):
     """A launch of the gemv form: RT tiles of 16 rows a warp, RW warps beside each other in N, KS in K; UNROLL pairs of
-    units of codes asked for at once; at most so many registers a thread."""
+    units of codes a step, to registers, or with ``depth`` the codes of so many steps on their way to shared memory; at
+    most so many registers a thread."""
 
     row_tiles: int
     row_warps: int
     k_warps: int
     unroll: int
+    depth: int = 0
     registers: int | None = None
 
 
 def choose_gemv(n: int, k: int, bits: int, sms: int = 132) -> Gemv:
-    """The configuration for a shape, by rule. Fitted to an H200."""
+    """The configuration for a shape, by rule. Fitted to an H200: of long rows more has to be on its way than registers
+    hold."""
     if k > 8192:
-        return Gemv(2, 1, 8, 7) if bits == 2 else Gemv(1, 2, 4, 4)
-    return Gemv(2, 1, 4, 2 if bits == 2 else 1) if n > 64 * sms else Gemv(2, 1, 8, 2)
+        return Gemv(2, 1, 8, 1, 3) if bits == 2 else Gemv(1, 1, 4, 2, 2)
+    return Gemv(2, 1, 4, 2) if n > 64 * sms else Gemv(2, 1, 8, 2)
 
 
 def gemv_share(units: int, warps: int, unroll: int, scale_each: bool) -> tuple[int, int, int]:
@@ -123,9 +126,11 @@ def gemv_share(units: int, warps: int, unroll: int, scale_each: bool) -> tuple[i
     return vector, own, triton.next_power_of_2(warps * max(4, 2 * own))
 
 
-def gemv_bytes(k: int, warps: int, unroll: int) -> int:
-    """Shared memory that x takes in the gemv form, at most."""
-    return gemv_share(k // UNIT, warps, unroll, True)[2] * (4 * UNIT + 8)
+def gemv_bytes(k: int, cut: Gemv, bits: int) -> int:
+    """Shared memory that x and codes take in the gemv form, at most."""
+    x = gemv_share(k // UNIT, cut.k_warps, cut.unroll, True)[2] * (4 * UNIT + 8)
+    lanes = 32 * cut.row_warps * cut.k_warps
+    return x + cut.depth * cut.unroll * 2 * cut.row_tiles * lanes * 8 * bits
 
 
 class Skinny(NamedTuple):
@@ -214,7 +219,8 @@ def _gemv(x, weights, n, k, bias, options, tile) -> torch.Tensor:
     x = x.contiguous()
     codes, scale, zero, offset = weights
     gpu, group, bits = _gpu(x.device.index), options["GROUP"], options["BITS"]
-    row_tiles, row_warps, k_warps, unroll, registers = tile or choose_gemv(n, k, bits, gpu.multi_processor_count)
+    cut = tile or choose_gemv(n, k, bits, gpu.multi_processor_count)
+    row_tiles, row_warps, k_warps, unroll, depth, registers = cut
     y = torch.empty(1, n, dtype=x.dtype, device=x.device)
     dependent = gpu.major >= 9
     vector, own, slots = gemv_share(k // UNIT, k_warps, unroll, group == UNIT)
@@ -222,7 +228,7 @@ def _gemv(x, weights, n, k, bias, options, tile) -> torch.Tensor:
         x, codes.view(torch.int32), scale, zero, offset, y if bias is None else bias, y, n,
         RT=row_tiles, RW=row_warps, KS=k_warps, UNROLL=unroll, V=vector, U=k // UNIT,
         OWN=own, S=slots, GROUP_UNITS=group // UNIT, BITS=bits, D=options["D"], ZERO_STEPS=ZERO_STEPS,
-        HAS_ZERO=options["HAS_ZERO"], HAS_BIAS=bias is not None, PDL=dependent,
+        HAS_ZERO=options["HAS_ZERO"], HAS_BIAS=bias is not None, DEPTH=min(depth, -(-own // unroll)), PDL=dependent,
         num_warps=row_warps * k_warps, launch_pdl=dependent, maxnreg=registers,
     )  # fmt: skip
     return y
