@@ -78,7 +78,7 @@ def run_wgmma(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias
         partials, counters, ready, low_parts, whole, parts, p.t, p.n, p.k,
         BM=bm, STAGES=p.stages(bm, ctas), GROUP_STEPS=p.group // 128, R=p.r, LOW=low,
         DOWN_STEPS=p.k // down_scale.shape[1] // 128 if low else 1, SPLIT=parts > 1, SHARES=shares,
-        HAS_BIAS=bias is not None, HAS_ADDEND=addend is not None, PIECES=pieces,
+        HAS_BIAS=bias is not None, HAS_ADDEND=addend is not None, PIECES=pieces, EVEN=steps % (2 * parts) == 0,
         REGISTERS=_REGISTERS[ctas], PDL=p.dependent,
         num_warps=4, launch_pdl=p.dependent, maxnreg=_MAX_REGISTERS[ctas],
     )  # fmt: skip

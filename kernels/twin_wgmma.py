@@ -2,7 +2,7 @@
 
 y^T = W x^T. A program has three warp-specialised parts: one warp copies tiles of packed weights, of x and of t with
 TMA through a ring of STAGES buffers; two warpgroups each take 64 of a tile's 128 rows, unpack their weights in
-registers and multiply. While one unpacks, the tensor cores work for the other.
+registers and multiply. While one unpacks, the tensor cores work for the other, and for its own step before.
 
 Group scales are a row's number times an integer m in 1 .. 16 (``channel_scale``), and q * m is exact in int8, bf16 and
 fp16. So the unpacking multiplies by m, one sum (int32, fp32 for floating-point x) lives over all of K, and only the
@@ -29,19 +29,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from tqcompile.kernels.gluon_common import grid_release, grid_wait
+from tqcompile.kernels.wgmma_down import multiply_down
 from tqcompile.kernels.wgmma_tiles import (
     ROWS,
     add_parts,
+    advance,
     await_t,
     copy_t,
     early_item,
     exchange_parts,
-    float_operand,
-    give_t,
     halves,
-    int8_operand,
     item_at,
     items_of,
+    multiply_step,
     reset_after_all,
     store_y,
     tile_at,
@@ -86,10 +86,7 @@ def _copy_tiles(
                     grid_wait(step)
             tma.async_copy_global_to_shared(x_desc, [m0, step * 64], bar, xs.index(2 * slot))
             tma.async_copy_global_to_shared(x_desc, [m0, K // 2 + step * 64], bar, xs.index(2 * slot + 1))
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
+            slot, phase = advance(slot, phase, STAGES)
         if R > 0:
             if i >= own_low:
                 if LOW > 0:
@@ -103,71 +100,27 @@ def _copy_tiles(
 
 
 @gluon.jit
-def _multiply_down(
-    HALF: gl.constexpr, x_desc, ws, xs, full, empty, x_scale, down_scale, t, partials, counters, ready, slot, phase,
-    tile, part, parts, steps, T, BM: gl.constexpr, STAGES: gl.constexpr, R: gl.constexpr,
-    LOW: gl.constexpr, DOWN_STEPS: gl.constexpr,
+def _item(
+    i, HALF: gl.constexpr, weights: gl.constexpr, scale, channel, whole, parts, tiles_n, tiles_m, steps, N,
+    BM: gl.constexpr, GROUP_STEPS: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup's share of a part of a tile of t: 64 rows of down, half of the BM tokens. Returns slot and phase."""
-    TOKENS: gl.constexpr = BM // 2
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 32])
-    mma16: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
-    INT: gl.constexpr = x_desc.dtype == gl.int8
-    weights16: gl.constexpr = gl.DotOperandLayout(0, mma16, 2)
-    weights: gl.constexpr = gl.DotOperandLayout(0, mma, 4) if INT else weights16
-    n0, m0 = tile % LOW * 64, tile // LOW * BM
-    begin, end = steps * part // parts, steps * (part + 1) // parts
-    one = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, weights))
-    r = n0 + gl.arange(0, 64, gl.SliceLayout(1, mma))
-    scale_at = down_scale + gl.minimum(r, R - 1) * (steps // DOWN_STEPS)
-    s = gl.load(scale_at + begin // DOWN_STEPS)
-    total = gl.zeros([64, TOKENS], gl.float32, mma)
-    for step in range(begin, end):
-        s_next = gl.load(scale_at + gl.minimum(step + 1, steps - 1) // DOWN_STEPS)
-        mbarrier.wait(full.index(slot), phase)
-        w = ws.index(2 * slot).load(weights)
-        low, high = int8_operand(w, one, one) if INT else float_operand(w, one, one, x_desc.dtype)
-        even = xs.index(2 * slot).slice(HALF * TOKENS, TOKENS).permute((1, 0))
-        odd = xs.index(2 * slot + 1).slice(HALF * TOKENS, TOKENS).permute((1, 0))
-        acc = gl.zeros([64, TOKENS], gl.int32, mma) if INT else gl.zeros([64, TOKENS], gl.float32, mma16)
-        acc = warpgroup_mma(low, even, acc, use_acc=False, is_async=True)
-        acc = warpgroup_mma(high, odd, acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index(slot), count=1)
-        total += gl.convert_layout(acc.to(gl.float32), mma, assert_trivial=True) * gl.expand_dims(s.to(gl.float32), 1)
-        s = s_next
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
-    finish = True
-    if parts > 1:
-        counter = counters + 2 * tile + HALF
-        finish, total = add_parts(total, 2 * tile * parts + HALF, part, parts, partials, counter, 2, BM)
-    if finish:
-        m = m0 + HALF * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, mma))
-        give_t(total, m, r, x_scale, t, ready + tile // LOW, T, R, INT)
-    return slot, phase
-
-
-@gluon.jit
-def _of_weights(
-    i, HALF: gl.constexpr, mma: gl.constexpr, mma16: gl.constexpr, weights: gl.constexpr, scale, channel, up, up_scale,
-    whole, parts, tiles_n, tiles_m, steps, N,
-    BM: gl.constexpr, GROUP_STEPS: gl.constexpr, R: gl.constexpr, SPLIT: gl.constexpr,
-):  # fmt: skip
-    """What a warpgroup's i-th item needs of the weights beside their tiles: where the scales of a row begin, the row's
-    unit, the scales of two steps; in the layout of the result the unit and the scale of up; up (the unit again where
-    there is no low rank). From memory it takes as long as several steps, so AHEAD asks while the item before ends."""
+    """A warpgroup's i-th item: tile, part, of how many, first row and token; where the scales of its rows begin, the
+    rows' units, the scales of two steps."""
     tile, part, of = item_at(i, whole, parts, SPLIT)
     begin = steps * part // of
-    n_tile, _ = tile_at(gl.minimum(tile, tiles_n * tiles_m - 1), tiles_n, tiles_m, BM)  # a program may have none
+    n_tile, m0 = tile_at(gl.minimum(tile, tiles_n * tiles_m - 1), tiles_n, tiles_m, BM)  # a program may have none
     n0 = n_tile + HALF * 64
     row = gl.minimum(n0 + gl.arange(0, 64, gl.SliceLayout(1, weights)), N - 1)
     scale_at = scale + row * (steps // GROUP_STEPS)
     unit = gl.load(channel + row)
     s = gl.load(scale_at + begin // GROUP_STEPS)
     s_next = gl.load(scale_at + gl.minimum(begin + 1, steps - 1) // GROUP_STEPS)
+    return (tile, part, of, n0, m0), scale_at, unit, s, s_next
+
+
+@gluon.jit
+def _of_rows(n0, mma: gl.constexpr, mma16: gl.constexpr, channel, up, up_scale, N, R: gl.constexpr):
+    """Of 64 rows in the layout of the result: the unit and the scale of up; up. The unit where there is no low rank."""
     n = gl.minimum(n0 + gl.arange(0, 64, gl.SliceLayout(1, mma)), N - 1)
     c = gl.load(channel + n)
     up_s, u = c, c
@@ -178,7 +131,7 @@ def _of_weights(
         up_byte = gl.arange(0, R // 2, gl.SliceLayout(0, weights16))
         at = up + gl.expand_dims(up_row * (R // 2), 1) + gl.expand_dims(up_byte, 0)
         u = gl.load(at).to(gl.int8, bitcast=True)
-    return scale_at, unit, s, s_next, c, up_s, u
+    return c, up_s, u
 
 
 @gluon.jit
@@ -187,10 +140,11 @@ def _multiply(
     scale, channel, x_scale, up, up_scale, down_scale, t, bias, partials, counters, ready, low_parts, whole, parts,
     T, N, K, BM: gl.constexpr, STAGES: gl.constexpr, GROUP_STEPS: gl.constexpr, R: gl.constexpr, LOW: gl.constexpr,
     DOWN_STEPS: gl.constexpr, SPLIT: gl.constexpr, SHARES: gl.constexpr, HAS_BIAS: gl.constexpr,
-    HAS_ADDEND: gl.constexpr, PIECES: gl.constexpr, AHEAD: gl.constexpr, PDL: gl.constexpr,
+    HAS_ADDEND: gl.constexpr, PIECES: gl.constexpr, AHEAD: gl.constexpr, EVEN: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: rows HALF * 64 .. of every tile."""
     SHARE: gl.constexpr = BM // SHARES  # tokens of the epilogue
+    PIECE: gl.constexpr = SHARE // PIECES
     WIDTH: gl.constexpr = BM if BM < 128 else 128  # of one instruction
     LAST_WIDTH: gl.constexpr = SHARE if SHARE < 128 else 128
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
@@ -200,8 +154,12 @@ def _multiply(
     weights: gl.constexpr = gl.DotOperandLayout(0, mma, 4) if INT else weights16
     last: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LAST_WIDTH, 32])
     last16: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LAST_WIDTH, 16])
-    tokens: gl.constexpr = gl.BlockedLayout([SHARE // 128 if SHARE > 128 else 1], [32], [4], [0])
+    tokens: gl.constexpr = gl.BlockedLayout([PIECE // 128 if PIECE > 128 else 1], [32], [4], [0])
     out: gl.constexpr = y_desc.dtype
+    # A step's weights are unpacked beside the products of the step before; in pairs, since products that are on their
+    # way over the edge of a loop make ptxas wait behind every one.
+    BEHIND: gl.constexpr = INT and AHEAD and EVEN
+    EARLY: gl.constexpr = BM < 128  # there is room in registers for what the epilogue needs
 
     steps, tiles_n, tiles_m = K // 128, (N + ROWS - 1) // ROWS, (T + BM - 1) // BM
     tiles, low_tiles = tiles_n * tiles_m, LOW * tiles_m
@@ -217,60 +175,78 @@ def _multiply(
     if LOW > 0:
         for i in range(own_low):
             tile, part = early_item(i, low_parts)
-            slot, phase = _multiply_down(
+            slot, phase = multiply_down(
                 HALF, x_desc, ws, xs, full, empty, x_scale, down_scale, t, partials, counters, ready, slot, phase,
                 tile, part, low_parts, steps, T, BM, STAGES, R, LOW, DOWN_STEPS,
             )  # fmt: skip
     if AHEAD:
-        scale_at, unit, s, s_next, c, up_s, u = _of_weights(
-            0, HALF, last, last16, weights, scale, channel, up, up_scale, whole, parts, tiles_n, tiles_m, steps, N,
-            BM, GROUP_STEPS, R, SPLIT,
-        )  # fmt: skip
+        place, scale_at, unit, s, s_next = _item(
+            0, HALF, weights, scale, channel, whole, parts, tiles_n, tiles_m, steps, N, BM, GROUP_STEPS, SPLIT
+        )
     for i in range(own):
         if not AHEAD:
-            scale_at, unit, s, s_next, c, up_s, u = _of_weights(
-                i, HALF, last, last16, weights, scale, channel, up, up_scale, whole, parts, tiles_n, tiles_m, steps, N,
-                BM, GROUP_STEPS, R, SPLIT,
-            )  # fmt: skip
-        tile, part, of = item_at(i, whole, parts, SPLIT)
+            place, scale_at, unit, s, s_next = _item(
+                i, HALF, weights, scale, channel, whole, parts, tiles_n, tiles_m, steps, N, BM, GROUP_STEPS, SPLIT
+            )
+        tile, part, of, n0, m0 = place
         begin, end = steps * part // of, steps * (part + 1) // of
-        n_tile, m0 = tile_at(tile, tiles_n, tiles_m, BM)
-        n0 = n_tile + HALF * 64
         m_y = m0 + part * SHARE if SHARES > 1 else m0
         inverse = 1.0 / unit
         if HAS_ADDEND:
             # The addend's first piece waits where y will stand; the store of the tile before has been read by now.
             tma.store_wait(0)
             gl.thread_barrier()
-            mbarrier.expect(a_bar, SHARE // PIECES * 64 * 2)
+            mbarrier.expect(a_bar, PIECE * 64 * 2)
             tma.async_copy_global_to_shared(a_desc, [m_y, n0], a_bar, y_own)
 
+        if EARLY:
+            c, up_s, u = _of_rows(n0, last, last16, channel, up, up_scale, N, R)
         if INT:  # when x is there, so is its scale; it has all of K to come
             mbarrier.wait(full.index(slot), phase)
-            token = m_y + gl.arange(0, SHARE, tokens)
-            x_factor = gl.load(x_scale + token, mask=token < T, other=0.0)
+            x_factors = ()
+            for j in gl.static_range(PIECES):
+                token = m_y + j * PIECE + gl.arange(0, PIECE, tokens)
+                x_factors = x_factors + (gl.load(x_scale + token, mask=token < T, other=0.0),)
         acc = gl.zeros([64, BM], gl.int32, mma) if INT else gl.zeros([64, BM], gl.float32, mma16)
-        for step in range(begin, end):
-            mbarrier.wait(full.index(slot), phase)
-            w = ws.index(2 * slot + HALF).load(weights)
-            low, high = int8_operand(w, s, inverse) if INT else float_operand(w, s, inverse, x_desc.dtype)
-            even, odd = xs.index(2 * slot).permute((1, 0)), xs.index(2 * slot + 1).permute((1, 0))
-            acc = warpgroup_mma(low, even, acc, use_acc=step != begin, is_async=True)
-            acc = warpgroup_mma(high, odd, acc, is_async=True)
-            s = s_next
-            s_next = gl.load(scale_at + gl.minimum(step + 2, steps - 1) // GROUP_STEPS)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(empty.index(slot), count=1)
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
-
+        if BEHIND:
+            before = slot
+            for pair in range(begin, end - 2, 2):
+                acc = multiply_step(acc, pair != begin, ws, xs, full, slot, phase, HALF, s, inverse, weights)
+                s, s_next = s_next, gl.load(scale_at + gl.minimum(pair + 2, steps - 1) // GROUP_STEPS)
+                before = slot
+                slot, phase = advance(slot, phase, STAGES)
+                acc = multiply_step(acc, True, ws, xs, full, slot, phase, HALF, s, inverse, weights)
+                s, s_next = s_next, gl.load(scale_at + gl.minimum(pair + 3, steps - 1) // GROUP_STEPS)
+                acc = warpgroup_mma_wait(2, deps=[acc])
+                mbarrier.arrive(empty.index(before), count=1)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(empty.index(slot), count=1)
+                slot, phase = advance(slot, phase, STAGES)
+            acc = multiply_step(acc, begin != end - 2, ws, xs, full, slot, phase, HALF, s, inverse, weights)
+            s, s_next = s_next, gl.load(scale_at + gl.minimum(end, steps - 1) // GROUP_STEPS)
+            before = slot
+            slot, phase = advance(slot, phase, STAGES)
+        else:
+            for step in range(begin, end - 1):
+                acc = multiply_step(acc, step != begin, ws, xs, full, slot, phase, HALF, s, inverse, weights)
+                s, s_next = s_next, gl.load(scale_at + gl.minimum(step + 2, steps - 1) // GROUP_STEPS)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(empty.index(slot), count=1)
+                slot, phase = advance(slot, phase, STAGES)
+        acc = multiply_step(acc, begin != end - 1, ws, xs, full, slot, phase, HALF, s, inverse, weights)
+        if not EARLY:
+            c, up_s, u = _of_rows(n0, last, last16, channel, up, up_scale, N, R)
         if AHEAD:
-            scale_at, unit, s, s_next, c_next, up_s_next, u_next = _of_weights(
-                gl.minimum(i + 1, own - 1), HALF, last, last16, weights, scale, channel, up, up_scale, whole, parts,
-                tiles_n, tiles_m, steps, N, BM, GROUP_STEPS, R, SPLIT,
+            place, scale_at, unit, s, s_next = _item(
+                gl.minimum(i + 1, own - 1), HALF, weights, scale, channel, whole, parts, tiles_n, tiles_m, steps, N,
+                BM, GROUP_STEPS, SPLIT,
             )  # fmt: skip
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        if BEHIND:
+            mbarrier.arrive(empty.index(before), count=1)
+        mbarrier.arrive(empty.index(slot), count=1)
+        slot, phase = advance(slot, phase, STAGES)
+
         finish = True
         counter = counters + 2 * (low_tiles + tile - whole) + HALF
         first = low_tiles * low_parts + (tile - whole) * of
@@ -284,44 +260,48 @@ def _multiply(
             mbarrier.wait(t_full, t_phase)
             t_phase ^= 1
         if finish:
-            # With a low rank in units of up_scale, so that up @ t is added by the tensor cores.
-            y = gl.convert_layout(acc.to(gl.float32), last, assert_trivial=True)
-            y *= gl.expand_dims(c / up_s if R > 0 else c, 1)
-            if INT:
-                y *= gl.expand_dims(gl.convert_layout(x_factor, gl.SliceLayout(0, last)), 0)
-            if R > 0:
-                u_low, u_high = ((u << 4) >> 4).to(out), (u >> 4).to(out)
-                y = gl.convert_layout(y, last16, assert_trivial=True)
-                y = warpgroup_mma(u_low, ts.index(0).permute((1, 0)), y, is_async=True)
-                y = warpgroup_mma(u_high, ts.index(1).permute((1, 0)), y, is_async=True)
-                y = warpgroup_mma_wait(0, deps=[y])
-                y = gl.convert_layout(y, last, assert_trivial=True) * gl.expand_dims(up_s, 1)
-            if HAS_BIAS:
-                n = gl.minimum(n0 + gl.arange(0, 64, gl.SliceLayout(1, last)), N - 1)
-                y += gl.expand_dims(gl.load(bias + n).to(gl.float32), 1)
-            pieces = (y,) if PIECES == 1 else halves(y)
+            # With a low rank in units of up_scale, so that up @ t is added by the tensor cores: to one piece, while
+            # the other is scaled and stored.
+            pieces = (acc,) if PIECES == 1 else halves(acc)
+            sums = ()
             for j in gl.static_range(PIECES):
-                piece = pieces[j]
+                y = gl.convert_layout(pieces[j].to(gl.float32), last, assert_trivial=True)
+                y *= gl.expand_dims(c / up_s if R > 0 else c, 1)
+                if INT:
+                    y *= gl.expand_dims(gl.convert_layout(x_factors[j], gl.SliceLayout(0, last)), 0)
+                if R > 0:
+                    u_low, u_high = ((u << 4) >> 4).to(out), (u >> 4).to(out)
+                    t_even, t_odd = ts.index(0).slice(j * PIECE, PIECE), ts.index(1).slice(j * PIECE, PIECE)
+                    y = gl.convert_layout(y, last16, assert_trivial=True)
+                    y = warpgroup_mma(u_low, t_even.permute((1, 0)), y, is_async=True)
+                    y = warpgroup_mma(u_high, t_odd.permute((1, 0)), y, is_async=True)
+                sums = sums + (y,)
+            for j in gl.static_range(PIECES):
+                y = sums[j]
+                if R > 0:
+                    y = warpgroup_mma_wait(2 * (PIECES - 1 - j), deps=[y])
+                    y = gl.convert_layout(y, last, assert_trivial=True) * gl.expand_dims(up_s, 1)
+                if HAS_BIAS:
+                    n = gl.minimum(n0 + gl.arange(0, 64, gl.SliceLayout(1, last)), N - 1)
+                    y += gl.expand_dims(gl.load(bias + n).to(gl.float32), 1)
                 if HAS_ADDEND:
                     if j > 0:
                         tma.store_wait(0)
                         gl.thread_barrier()
-                        mbarrier.expect(a_bar, SHARE // PIECES * 64 * 2)
-                        tma.async_copy_global_to_shared(a_desc, [m_y + j * (SHARE // PIECES), n0], a_bar, y_own)
+                        mbarrier.expect(a_bar, PIECE * 64 * 2)
+                        tma.async_copy_global_to_shared(a_desc, [m_y + j * PIECE, n0], a_bar, y_own)
                     mbarrier.wait(a_bar, a_phase)
                     a_phase ^= 1
-                    piece += y_own.permute((1, 0)).load(piece.type.layout).to(gl.float32)
+                    y += y_own.permute((1, 0)).load(y.type.layout).to(gl.float32)
                 else:
                     tma.store_wait(0)
                 gl.thread_barrier()
-                store_y(piece, y_own, y_desc, m_y + j * (SHARE // PIECES), n0)
+                store_y(y, y_own, y_desc, m_y + j * PIECE, n0)
         elif HAS_ADDEND:
             mbarrier.wait(a_bar, a_phase)
             a_phase ^= 1
         if R > 0:
             mbarrier.arrive(t_empty, count=1)
-        if AHEAD:
-            c, up_s, u = c_next, up_s_next, u_next
     tma.store_wait(0)
 
 
@@ -331,7 +311,7 @@ def twin_wgmma(
     partials, counters, ready, low_parts, whole, parts, T, N, K,
     BM: gl.constexpr, STAGES: gl.constexpr, GROUP_STEPS: gl.constexpr, R: gl.constexpr, LOW: gl.constexpr,
     DOWN_STEPS: gl.constexpr, SPLIT: gl.constexpr, SHARES: gl.constexpr, HAS_BIAS: gl.constexpr,
-    HAS_ADDEND: gl.constexpr, PIECES: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    HAS_ADDEND: gl.constexpr, PIECES: gl.constexpr, EVEN: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 128 rows times BM tokens; y goes out in PIECES. GROUP_STEPS steps of 128 channels share a scale.
 
@@ -342,10 +322,12 @@ def twin_wgmma(
     LOW: 0, or how many tiles of 64 rows ``down`` has: then d_desc is down (R, K/2) in (64, 64), DOWN_STEPS steps share
     a scale of it, tiles of t (T, R) come in low_parts parts, and ready has a counter for each BM tokens and one more,
     zero.
+    EVEN: every part of K has an even number of steps.
     REGISTERS: of a thread of the second warpgroup; the first gets what is left.
     """
     out: gl.constexpr = y_desc.dtype
-    AHEAD: gl.constexpr = REGISTERS >= 240 and R * BM < 128 * 256  # there is room in registers
+    INT: gl.constexpr = x_desc.dtype == gl.int8
+    AHEAD: gl.constexpr = REGISTERS >= 240 and (INT or R * BM < 128 * 256)  # there is room in registers
     ws = gl.allocate_shared_memory(gl.int8, [2 * STAGES, 64, 64], w_desc.layout)
     xs = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, BM, 64], x_desc.layout)
     ys = gl.allocate_shared_memory(out, [2, BM // SHARES // PIECES, 64], y_desc.layout)
@@ -375,11 +357,11 @@ def twin_wgmma(
             (_multiply, (0, x_desc, y_desc, a_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, a_full, scale,
                          channel, x_scale, up, up_scale, down_scale, t, bias, partials, counters, ready, low_parts,
                          whole, parts, T, N, K, BM, STAGES, GROUP_STEPS, R, LOW, DOWN_STEPS, SPLIT, SHARES,
-                         HAS_BIAS, HAS_ADDEND, PIECES, AHEAD, PDL)),
+                         HAS_BIAS, HAS_ADDEND, PIECES, AHEAD, EVEN, PDL)),
             (_multiply, (1, x_desc, y_desc, a_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, a_full, scale,
                          channel, x_scale, up, up_scale, down_scale, t, bias, partials, counters, ready, low_parts,
                          whole, parts, T, N, K, BM, STAGES, GROUP_STEPS, R, LOW, DOWN_STEPS, SPLIT, SHARES,
-                         HAS_BIAS, HAS_ADDEND, PIECES, AHEAD, PDL)),
+                         HAS_BIAS, HAS_ADDEND, PIECES, AHEAD, EVEN, PDL)),
             (_copy_tiles, (w_desc, x_desc, t_desc, d_desc, ws, xs, ts, full, empty, t_full, t_empty, ready, low_parts,
                            whole, parts, T, N, K, BM, STAGES, R, LOW, SPLIT, SHARES,
                            PDL)),

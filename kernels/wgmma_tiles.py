@@ -3,7 +3,7 @@ operand, the sum of a tile's parts, hand-over of t between programs of one launc
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
 ROWS = gl.constexpr(128)  # of a tile
 BAND = gl.constexpr(8)  # token tiles that run together, so that they share weights and x in the L2 cache
@@ -66,6 +66,16 @@ def item_at(i, whole, parts, SPLIT: gl.constexpr):
 
 
 @gluon.jit
+def advance(slot, phase, STAGES: gl.constexpr):
+    """The next buffer of the ring."""
+    slot += 1
+    if slot == STAGES:
+        slot = 0
+        phase ^= 1
+    return slot, phase
+
+
+@gluon.jit
 def int8_operand(w, scale, inverse):
     """Packed bytes (64, 64) -> q * m of the low and of the high nibbles, int8 (64, 64) each. m = scale * inverse."""
     m = (scale.to(gl.float32) * inverse + 0.5).to(gl.int32)
@@ -91,6 +101,16 @@ def float_operand(w, scale, inverse, FLOAT: gl.constexpr):
             _UNPACK_FP16, "=&r,=&r,=&r,=&r,r,r,r,r,r", args, dtype=(gl.float16, gl.float16), is_pure=False, pack=4
         )
     return low, high
+
+
+@gluon.jit
+def multiply_step(acc, more, ws, xs, full, slot, phase, HALF: gl.constexpr, s, inverse, weights: gl.constexpr):
+    """Start the products of a step of 128 channels, when its tiles are there; with ``more`` onto acc."""
+    mbarrier.wait(full.index(slot), phase)
+    w = ws.index(2 * slot + HALF).load(weights)
+    low, high = int8_operand(w, s, inverse) if xs.dtype == gl.int8 else float_operand(w, s, inverse, xs.dtype)
+    acc = warpgroup_mma(low, xs.index(2 * slot).permute((1, 0)), acc, use_acc=more, is_async=True)
+    return warpgroup_mma(high, xs.index(2 * slot + 1).permute((1, 0)), acc, is_async=True)
 
 
 @gluon.jit

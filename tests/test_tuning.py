@@ -224,6 +224,21 @@ def test_times_are_taken_in_turns():
     assert found["two"] > 1000
 
 
+def test_alone_only_the_second_half_counts(monkeypatch):
+    taken = []
+    monkeypatch.setattr(tuner.time, "perf_counter", lambda: 0.01 * len(taken))
+
+    def once():
+        taken.append(len(taken))
+        return 5.0 if len(taken) <= 15 else 2.0
+
+    assert tuner.times_alone({"one": (once, 4)}, seconds=0.395) == {"one": 2.0 * 1e3 / 4}
+    assert len(taken) == 41
+    assert tuner.times_alone({"one": (lambda: taken.append(0) or 3.0, 1)}, seconds=0.0) == {
+        "one": 3000.0
+    }  # one is enough
+
+
 def tuned(candidates, problem=None, t=5) -> tuner.Outcome:
     problem, kernel = problem or Problem(48, 256, 8), Kernel()
 

@@ -9,6 +9,7 @@ import functools
 import importlib
 import json
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -258,6 +259,18 @@ def times_in_turns(timers: Mapping[str, tuple[Callable[[], float], int]], budget
         for key, (once, _) in timers.items():
             found[key].append(once())
     return {key: statistics.median(found[key]) * 1e3 / count for key, (_, count) in timers.items()}
+
+
+def times_alone(timers: Mapping[str, tuple[Callable[[], float], int]], seconds: float) -> dict[str, float]:
+    """As :func:`times_in_turns`, but each timer runs alone for so many seconds, and the second half of them counts:
+    large products at the clock that the GPU gives each of them in the long run."""
+    found = {}
+    for key, (once, count) in timers.items():
+        times, start = [once()], time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            times.append(once())
+        found[key] = statistics.median(times[len(times) // 2 :]) * 1e3 / count
+    return found
 
 
 def twin_gemm_arguments(problem: Problem, tokens: int, seed: int, device: str = "cuda") -> tuple:
