@@ -143,6 +143,7 @@ GEMV_CASES = [
     (1, 70, 512, 1, 2, torch.float16, "zero", True),
     (1, 130, 768, 3, 3, torch.float16, "zero", False),
     (1, 49, 2048, 16, 2, torch.bfloat16, "none", True),
+    (1, 35, 8320, 65, 3, torch.bfloat16, "zero", False),
 ]
 
 
