@@ -19,7 +19,7 @@ import triton
 
 from tqcompile.kernels.lattice_tile import lattice_tile, write_planes, write_weights
 from tqcompile.kernels.split_counters import split_counters
-from tqcompile.kernels.twin_gemm import SHARED_BYTES, fastest_split, warp_share
+from tqcompile.kernels.twin_gemm import NO_FASTER, SHARED_BYTES, fastest_split, warp_share
 from tqcompile.kernels.twin_linear import FLOATS, INTERPRET, Tile, _gpu, device_reason
 from tqcompile.ops.lattice_linear import ZERO_STEPS
 
@@ -94,6 +94,13 @@ def describe(x, codes, scale, zero, offset, bias, bits) -> str:
     if whole and hopper and t <= WGMMA_TOKENS and scale.dtype == x.dtype and scale.shape[0] % 8 == 0:
         return "wgmma"
     return "dense" if t > DENSE_TOKENS else "fused"
+
+
+def remark(x, codes, scale, zero, offset, bias, bits) -> str | None:
+    """Where bf16 weights would not be slower: both do the same multiply-adds, these unpack too. On an H200."""
+    k = x.shape[-1]
+    small = scale.shape[0] * k < 2**25
+    return NO_FASTER if x.numel() // k >= (64 if small else 256) else None
 
 
 class Gemv(NamedTuple):

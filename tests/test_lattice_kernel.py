@@ -104,6 +104,14 @@ def test_refusals_name_the_reason():
         assert reason in kernel.unsupported(*wrong)
 
 
+@pytest.mark.parametrize(("n", "k", "first"), [(28672, 4096, 256), (4096, 14336, 256), (6144, 4096, 64)])
+def test_where_bf16_would_not_be_slower_the_report_says_so(n, k, first):
+    codes, scale = torch.empty(n, k // 4, dtype=torch.uint8, device="meta"), torch.empty(n, k // 128, device="meta")
+    for t in (1, first - 1, first, 8192):
+        found = kernel.remark(torch.empty(t, k, dtype=BF16, device="meta"), codes, scale, None, None, None, 2)
+        assert (found is not None) == (t >= first)
+
+
 def test_the_warps_of_the_gemv_form_share_every_unit():
     for units in range(1, 260):
         for warps in (4, 8, 16):

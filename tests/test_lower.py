@@ -66,6 +66,9 @@ def test_the_form_of_a_kernel_is_named_where_the_graph_fixes_it(monkeypatch):
     run_passes(gm, [Lower()])
     assert set(gm.meta["lower"].values()) == {"triton: form for 3 tokens"}
     assert dispatch.kernel_form("twin_gemm", torch.empty(0, 64)) is None
+    Kernel.remark = staticmethod(lambda x, *args: "slow" if x.dtype == torch.int8 else None)
+    run_passes(gm, [Lower()])
+    assert set(gm.meta["lower"].values()) == {"triton: form for 3 tokens", "triton: form for 3 tokens (slow)"}
 
 
 def test_a_fallback_on_cuda_is_named_and_logged_once(monkeypatch, caplog):

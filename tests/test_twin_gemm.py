@@ -121,6 +121,16 @@ def test_t_is_left_to_the_product_where_wgmma_begins(n, k, operand, compiled):
         assert kernel.choose(problem(first - 1, n, k))["kernel"] == "skinny"
 
 
+@pytest.mark.parametrize(("n", "k", "first"), [(28672, 4096, 256), (6144, 4096, 256), (4096, 4096, 64)])
+def test_where_bf16_would_not_be_slower_the_report_says_so(n, k, first):
+    residual = torch.empty(n, k // 2, dtype=torch.uint8, device="meta")
+    for t in (1, first - 1, first, 8192):
+        said = [
+            kernel.remark(torch.empty(t, k, dtype=dtype, device="meta"), None, None, residual) for dtype in (BF16, INT8)
+        ]
+        assert said == [kernel.NO_FASTER if t >= first else None, None]
+
+
 @pytest.mark.parametrize("programs", [132, 264])
 def test_the_last_round_is_cut_into_parts_that_run_at_once(programs):
     run = pytest.importorskip("tqcompile.kernels.run_wgmma")

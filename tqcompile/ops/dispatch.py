@@ -1,7 +1,8 @@
 """Finding the Triton kernel of an op, and the reason when there is none.
 
 A kernel module ``tqcompile.kernels.<op>`` offers ``unsupported(*args) -> str | None`` and ``launch(*args)``;
-one with several forms also ``describe(*args) -> str``, the form's name.
+one with several forms also ``describe(*args) -> str``, the form's name, and where there is something to know about it
+``remark(*args) -> str | None``.
 Triton is imported here and nowhere earlier, on the first CUDA call.
 """
 
@@ -37,9 +38,13 @@ def reason_unsupported(op: str, *args) -> str | None:
 
 
 def kernel_form(op: str, *args) -> str | None:
-    """Which of its kernels an op uses for arguments that it supports; None where it has one, or no tokens."""
-    describe = getattr(_load(op)[0], "describe", None)
-    return describe(*args) if describe and args[0].numel() else None
+    """Which of its kernels an op uses for arguments that it supports, and what there is to know about it; None where it
+    has one kernel, or no tokens."""
+    module = _load(op)[0]
+    if not hasattr(module, "describe") or not args[0].numel():
+        return None
+    remark = module.remark(*args) if hasattr(module, "remark") else None
+    return module.describe(*args) + (f" ({remark})" if remark else "")
 
 
 def kernel_or_reason(op: str, *args):
