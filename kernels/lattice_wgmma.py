@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from tqcompile.kernels.gluon_common import grid_release, grid_wait
-from tqcompile.kernels.wgmma_tiles import ROWS, add_parts, halves, item_at, items_of, store_y, tile_at
+from tqcompile.kernels.wgmma_tiles import ROWS, add_parts, advance, halves, item_at, items_of, store_y, tile_at
 
 
 def _bf16(value: float) -> int:
@@ -141,10 +141,7 @@ def _copy_tiles(
             for plane in gl.static_range(4):
                 at = plane * (K // 4) + step * 32
                 tma.async_copy_global_to_shared(x_desc, [m0, at], bar, xs.index(4 * slot + plane))
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
+            slot, phase = advance(slot, phase, STAGES)
 
 
 @gluon.jit
@@ -225,10 +222,7 @@ def _multiply(
             s, z, high = s_next, z_next, high_next
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index(slot), count=1)
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
+            slot, phase = advance(slot, phase, STAGES)
         finish = True
         if SPLIT:
             counter = counters + 2 * tile + HALF

@@ -18,6 +18,7 @@ from tqcompile.kernels.gluon_common import grid_release, grid_wait
 from tqcompile.kernels.wgmma_tiles import (
     ROWS,
     add_parts,
+    advance,
     await_t,
     copy_t,
     early_item,
@@ -66,10 +67,7 @@ def _copy_tiles(
                     grid_wait(step)
             tma.async_copy_global_to_shared(x_desc, [m0, step * BYTES], bar, xs.index(2 * slot))
             tma.async_copy_global_to_shared(x_desc, [m0, K // 2 + step * BYTES], bar, xs.index(2 * slot + 1))
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
+            slot, phase = advance(slot, phase, STAGES)
         if R > 0:
             if i >= own_low:
                 if LOW > 0:
@@ -120,10 +118,7 @@ def _multiply_down(
         _let_go(empty.index(slot))
         total += acc.to(gl.float32) * gl.expand_dims(s.to(gl.float32), 1)
         s = s_next
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
+        slot, phase = advance(slot, phase, STAGES)
     first = 2 * tile * parts
     finish, total = add_parts(total, first, 2 * part + HALF, 2 * parts, partials, counters + 2 * tile, 1, BM)
     if finish:
@@ -218,10 +213,7 @@ def _multiply(
             low_sum = _product(low1, xs, slot, low_sum, 0, 1)
             high_sum = _product(high1, xs, slot, high_sum, 1, 1)
             _let_go(empty.index(slot))
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
+            slot, phase = advance(slot, phase, STAGES)
 
         acc = low_sum + high_sum
         finish = True

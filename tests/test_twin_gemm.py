@@ -125,10 +125,9 @@ def test_t_is_left_to_the_product_where_wgmma_begins(n, k, operand, compiled):
 def test_where_bf16_would_not_be_slower_the_report_says_so(n, k, first):
     residual = torch.empty(n, k // 2, dtype=torch.uint8, device="meta")
     for t in (1, first - 1, first, 8192):
-        said = [
-            kernel.remark(torch.empty(t, k, dtype=dtype, device="meta"), None, None, residual) for dtype in (BF16, INT8)
-        ]
-        assert said == [kernel.NO_FASTER if t >= first else None, None]
+        floats, integers = (torch.empty(t, k, dtype=dtype, device="meta") for dtype in (BF16, INT8))
+        assert kernel.remark(floats, None, None, residual) == (kernel.NO_FASTER if t >= first else None)
+        assert kernel.remark(integers, None, None, residual) is None
 
 
 @pytest.mark.parametrize("programs", [132, 264])
