@@ -60,10 +60,10 @@ def timers_of(calls: dict[str, tuple]) -> dict[str, tuple]:
     timers = {}
     for key, (call, copies) in calls.items():
         if copies[0][0].device.type == "cpu":  # only to try the script
-            timers[key] = (cpu_timer(call, copies), len(copies))
+            timers[key] = cpu_timer(call, copies)
         else:
             call(copies[0])
-            timers[key] = (tuner.timer(call, copies), len(copies))
+            timers[key] = tuner.timer(call, copies)
     return timers
 
 
@@ -75,9 +75,9 @@ def cpu_timer(call, copies: list[list]):
     def once() -> float:
         start = time.perf_counter()
         call(copies[0])
-        return (time.perf_counter() - start) * 1e3 * len(copies)
+        return (time.perf_counter() - start) * 1e3
 
-    return once
+    return once, 1
 
 
 def composition(n: int, k: int, rank: int):
@@ -381,9 +381,9 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     print(" ".join(f"{key}={value}" for key, value in about.items()))
     print("microseconds (speed over bf16); every row passed its error bound first")
     print(table(rows))
-    for row in rows:
-        if "alone_us" in row:
-            print(f"alone: {table([{**row, 'us': row['alone_us'], 'ratio_to_bf16': row['alone_ratio_to_bf16']}])}")
+    alone = [{**r, "us": r["alone_us"], "ratio_to_bf16": r["alone_ratio_to_bf16"]} for r in rows if "alone_us" in r]
+    if alone:
+        print(f"each alone for {options.alone:g} s\n{table(alone)}")
     return rows
 
 

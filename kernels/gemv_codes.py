@@ -78,18 +78,12 @@ def ask_for(
     U: gl.constexpr, BITS: gl.constexpr, DEPTH: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
     """Copy the codes of UNROLL pairs of every row, each lane its own, to where step - DEPTH had them."""
-    for i in gl.static_range(UNROLL):
-        if step * UNROLL + i < OWN:
+    for i in gl.static_range(step * UNROLL, (step + 1) * UNROLL):
+        if i < OWN:
             for r in gl.static_range(len(w_at)):
-                _copy(
-                    lows[(step % DEPTH * UNROLL + i) * len(w_at) + r], w_at[r] + (step * UNROLL + i) * 16,
-                    half_w < 2 * U - 4 * (step * UNROLL + i), EDGE,
-                )  # fmt: skip
+                _copy(lows[i % (DEPTH * UNROLL) * len(w_at) + r], w_at[r] + i * 16, half_w < 2 * U - 4 * i, EDGE)
                 if BITS == 3:
-                    _copy(
-                        highs[(step % DEPTH * UNROLL + i) * len(w_at) + r], high_at[r] + (step * UNROLL + i) * 8,
-                        half_h < 2 * U - 4 * (step * UNROLL + i), EDGE,
-                    )  # fmt: skip
+                    _copy(highs[i % (DEPTH * UNROLL) * len(w_at) + r], high_at[r] + i * 8, half_h < 2 * U - 4 * i, EDGE)
     async_copy.commit_group()
 
 

@@ -23,9 +23,11 @@ from tqcompile.kernels.wgmma_tiles import (
     copy_t,
     early_item,
     give_t,
+    init_barriers,
     int8_operand,
     item_at,
     items_of,
+    of_rows,
     reset_after_all,
     store_y,
     tile_at,
@@ -148,7 +150,6 @@ def _multiply(
     """A warpgroup: rows HALF * 64 .. of every tile."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8])
     weights: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
-    weights16: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     tokens16: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     out: gl.constexpr = y_desc.dtype
     steps, tiles_n, tiles_m = (K // 2 + BYTES - 1) // BYTES, (N + ROWS - 1) // ROWS, (T + BM - 1) // BM
@@ -181,15 +182,7 @@ def _multiply(
             scale_at = scale.to(gl.pointer_type(gl.int32), bitcast=True) + row * (groups // 2)
         inverse = 1.0 / gl.load(channel + row)
         s0, s1 = _scales_at(scale_at, begin, groups, GROUP_STEPS, PAIRS)
-        n = gl.minimum(n0 + gl.arange(0, 64, gl.SliceLayout(1, mma)), N - 1)
-        c = gl.load(channel + n)
-        if R > 0:
-            up_s = gl.load(up_scale + n).to(gl.float32)
-            up_row = gl.minimum(n0 + gl.arange(0, 64, gl.SliceLayout(1, weights16)), N - 1)
-            up_byte = gl.arange(0, R // 2, gl.SliceLayout(0, weights16))
-            u = gl.load(up + gl.expand_dims(up_row * (R // 2), 1) + gl.expand_dims(up_byte, 0)).to(
-                gl.int8, bitcast=True
-            )
+        c, up_s, u = of_rows(n0, mma, mma, channel, up, up_scale, N, R)
         if HAS_ADDEND:
             # It waits where y will stand; the store of the tile before has been read by now.
             tma.store_wait(0)
@@ -232,6 +225,7 @@ def _multiply(
                 z = mma_v2(u_high, ts.index(1).permute((1, 0)).load(tokens16), z)
                 y += z * gl.expand_dims(up_s, 1)
             if HAS_BIAS:
+                n = gl.minimum(n0 + gl.arange(0, 64, gl.SliceLayout(1, mma)), N - 1)
                 y += gl.expand_dims(gl.load(bias + n).to(gl.float32), 1)
             if HAS_ADDEND:
                 mbarrier.wait(a_bar, a_phase)
@@ -273,16 +267,7 @@ def twin_narrow(
     a_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     t_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     t_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
-    if HAS_ADDEND:  # not those that nobody waits for: see twin_wgmma
-        for i in gl.static_range(2):
-            mbarrier.init(a_full.index(i), count=1)
-    if R > 0:
-        mbarrier.init(t_full, count=1)
-        mbarrier.init(t_empty, count=2)
-    fence_async_shared()
+    init_barriers(full, empty, a_full, t_full, t_empty, STAGES, R, HAS_ADDEND)
     if PDL:
         grid_release(T)
     # fmt: off

@@ -21,7 +21,6 @@ tiles. Tiles of t wait for no other program and lie in the first ones, so there 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -39,9 +38,11 @@ from tqcompile.kernels.wgmma_tiles import (
     early_item,
     exchange_parts,
     halves,
+    init_barriers,
     item_at,
     items_of,
     multiply_step,
+    of_rows,
     reset_after_all,
     store_y,
     tile_at,
@@ -119,22 +120,6 @@ def _item(
 
 
 @gluon.jit
-def _of_rows(n0, mma: gl.constexpr, mma16: gl.constexpr, channel, up, up_scale, N, R: gl.constexpr):
-    """Of 64 rows in the layout of the result: the unit and the scale of up; up. The unit where there is no low rank."""
-    n = gl.minimum(n0 + gl.arange(0, 64, gl.SliceLayout(1, mma)), N - 1)
-    c = gl.load(channel + n)
-    up_s, u = c, c
-    if R > 0:
-        weights16: gl.constexpr = gl.DotOperandLayout(0, mma16, 2)
-        up_s = gl.load(up_scale + n).to(gl.float32)
-        up_row = gl.minimum(n0 + gl.arange(0, 64, gl.SliceLayout(1, weights16)), N - 1)
-        up_byte = gl.arange(0, R // 2, gl.SliceLayout(0, weights16))
-        at = up + gl.expand_dims(up_row * (R // 2), 1) + gl.expand_dims(up_byte, 0)
-        u = gl.load(at).to(gl.int8, bitcast=True)
-    return c, up_s, u
-
-
-@gluon.jit
 def _multiply(
     HALF: gl.constexpr, x_desc, y_desc, a_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, a_full,
     scale, channel, x_scale, up, up_scale, down_scale, t, bias, partials, counters, ready, low_parts, whole, parts,
@@ -200,7 +185,7 @@ def _multiply(
             tma.async_copy_global_to_shared(a_desc, [m_y, n0], a_bar, y_own)
 
         if EARLY:
-            c, up_s, u = _of_rows(n0, last, last16, channel, up, up_scale, N, R)
+            c, up_s, u = of_rows(n0, last, last16, channel, up, up_scale, N, R)
         if INT:  # when x is there, so is its scale; it has all of K to come
             mbarrier.wait(full.index(slot), phase)
             x_factors = ()
@@ -209,7 +194,6 @@ def _multiply(
                 x_factors = x_factors + (gl.load(x_scale + token, mask=token < T, other=0.0),)
         acc = gl.zeros([64, BM], gl.int32, mma) if INT else gl.zeros([64, BM], gl.float32, mma16)
         if BEHIND:
-            before = slot
             for pair in range(begin, end - 2, 2):
                 acc = multiply_step(acc, pair != begin, ws, xs, full, slot, phase, HALF, s, inverse, weights)
                 s, s_next = s_next, gl.load(scale_at + gl.minimum(pair + 2, steps - 1) // GROUP_STEPS)
@@ -223,7 +207,7 @@ def _multiply(
                 mbarrier.arrive(empty.index(slot), count=1)
                 slot, phase = advance(slot, phase, STAGES)
             acc = multiply_step(acc, begin != end - 2, ws, xs, full, slot, phase, HALF, s, inverse, weights)
-            s, s_next = s_next, gl.load(scale_at + gl.minimum(end, steps - 1) // GROUP_STEPS)
+            s = s_next
             before = slot
             slot, phase = advance(slot, phase, STAGES)
         else:
@@ -235,7 +219,7 @@ def _multiply(
                 slot, phase = advance(slot, phase, STAGES)
         acc = multiply_step(acc, begin != end - 1, ws, xs, full, slot, phase, HALF, s, inverse, weights)
         if not EARLY:
-            c, up_s, u = _of_rows(n0, last, last16, channel, up, up_scale, N, R)
+            c, up_s, u = of_rows(n0, last, last16, channel, up, up_scale, N, R)
         if AHEAD:
             place, scale_at, unit, s, s_next = _item(
                 gl.minimum(i + 1, own - 1), HALF, weights, scale, channel, whole, parts, tiles_n, tiles_m, steps, N,
@@ -337,18 +321,7 @@ def twin_wgmma(
     a_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     t_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     t_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
-    # Not those that nobody waits for: the compiler would put a warpgroup's scratch where they are, and a barrier that
-    # was not invalidated then changes it (about once in 10^4 launches of two programs a multiprocessor).
-    if HAS_ADDEND:
-        for i in gl.static_range(2):
-            mbarrier.init(a_full.index(i), count=1)
-    if R > 0:
-        mbarrier.init(t_full, count=1)
-        mbarrier.init(t_empty, count=2)
-    fence_async_shared()
+    init_barriers(full, empty, a_full, t_full, t_empty, STAGES, R, HAS_ADDEND)
     if PDL:
         grid_release(T)
     # fmt: off

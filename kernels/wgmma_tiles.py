@@ -66,6 +66,25 @@ def item_at(i, whole, parts, SPLIT: gl.constexpr):
 
 
 @gluon.jit
+def init_barriers(
+    full, empty, a_full, t_full, t_empty, STAGES: gl.constexpr, R: gl.constexpr, HAS_ADDEND: gl.constexpr
+):
+    """Those of the ring; of the addend and of t, where there are such. Not those that nobody waits for: the compiler
+    would put a warpgroup's scratch where they are, and a barrier that was not invalidated then changes it (about once
+    in 10^4 launches of two programs a multiprocessor)."""
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    if HAS_ADDEND:
+        for i in gl.static_range(2):
+            mbarrier.init(a_full.index(i), count=1)
+    if R > 0:
+        mbarrier.init(t_full, count=1)
+        mbarrier.init(t_empty, count=2)
+    fence_async_shared()
+
+
+@gluon.jit
 def advance(slot, phase, STAGES: gl.constexpr):
     """The next buffer of the ring."""
     slot += 1
@@ -111,6 +130,22 @@ def multiply_step(acc, more, ws, xs, full, slot, phase, HALF: gl.constexpr, s, i
     low, high = int8_operand(w, s, inverse) if xs.dtype == gl.int8 else float_operand(w, s, inverse, xs.dtype)
     acc = warpgroup_mma(low, xs.index(2 * slot).permute((1, 0)), acc, use_acc=more, is_async=True)
     return warpgroup_mma(high, xs.index(2 * slot + 1).permute((1, 0)), acc, is_async=True)
+
+
+@gluon.jit
+def of_rows(n0, mma: gl.constexpr, mma16: gl.constexpr, channel, up, up_scale, N, R: gl.constexpr):
+    """Of 64 rows in the layout of the result: the unit and the scale of up; up. The unit where there is no low rank."""
+    n = gl.minimum(n0 + gl.arange(0, 64, gl.SliceLayout(1, mma)), N - 1)
+    c = gl.load(channel + n)
+    up_s, u = c, c
+    if R > 0:
+        weights16: gl.constexpr = gl.DotOperandLayout(0, mma16, 2)
+        up_s = gl.load(up_scale + n).to(gl.float32)
+        up_row = gl.minimum(n0 + gl.arange(0, 64, gl.SliceLayout(1, weights16)), N - 1)
+        up_byte = gl.arange(0, R // 2, gl.SliceLayout(0, weights16))
+        at = up + gl.expand_dims(up_row * (R // 2), 1) + gl.expand_dims(up_byte, 0)
+        u = gl.load(at).to(gl.int8, bitcast=True)
+    return c, up_s, u
 
 
 @gluon.jit
