@@ -25,6 +25,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tests")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from tqcompile import tuner
+from tqcompile.ops.prologue import keeps_wide
 from tqcompile.ops.twin_gemm import defer_from_of, is_deferred
 
 SHAPES = {
@@ -111,17 +112,18 @@ class Ours:
     def __init__(self, form: str, transform: tuple, kernels: dict, n: int, k: int):
         self.act_bits, self.transform, self.kernels = ACT_BITS[form], transform, kernels
         self.ratio = 7 / 127 if form == "w4a4" else 0.0
-        self.defer_from = 0 if form == "w4a4" else defer_from_of(n, k)
+        self.defer_from = defer_from_of(n, k)
 
     def prologue_args(self, w: list, x: torch.Tensor) -> tuple:
         transform = (None, None) if self.act_bits == 4 else self.transform
         return (x, None, None, *transform, w[5], w[6], "none", 0.0, self.act_bits, self.ratio, True, self.defer_from)
 
     def gemm_args(self, w: list, operands: tuple) -> tuple:
-        operand, scale, t, _ = operands
+        operand, scale, t, _, wide = operands
         scale = scale if self.act_bits < 16 else None
         t = t if w[3] is not None else None
-        return (operand, scale, t, *w[:5], None, None, DTYPE, w[5], w[6], self.defer_from)
+        wide = (wide, self.ratio) if keeps_wide(w[5], self.act_bits, self.defer_from) else (None, 0.0)
+        return (operand, scale, t, *w[:5], None, None, DTYPE, w[5], w[6], self.defer_from, *wide)
 
     def why_not(self, w: list, x: torch.Tensor) -> str | None:
         """The reason why a kernel does not serve these arguments: what would run then is no kernel of ours."""
@@ -154,10 +156,11 @@ class Ours:
         results, args = kept, self.prologue_args(w, x[some])
         down, deferred = args[5:7], is_deferred(x, self.defer_from)
         if deferred:  # y answers for t
-            results, down = (*kept[:2], kept[2][:, :0], kept[3]), (None, None)
+            results, down = (*kept[:2], kept[2][:, :0], *kept[3:]), (None, None)
         found = worst_plain_prologue(results, args[0], *args[3:5], *down, self.act_bits, self.ratio)
         dense = self.gemm_form(w, operands) == "dense"
-        gemm_args = (*self.gemm_args(w, kept)[:-1], 1 if deferred else 0)
+        gemm_args = list(self.gemm_args(w, kept))
+        gemm_args[-3] = 1 if deferred else 0
         return {**found, "y": worst_twin_gemm(y[some], *gemm_args, dense=dense)}
 
     def gemm_form(self, w: list, operands: tuple) -> str:

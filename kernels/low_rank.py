@@ -78,10 +78,11 @@ def choose_splits(tiles: int, steps: int, sms: int) -> int:
     return max(1, min(wanted, steps // 4, 16))
 
 
-def run_low_rank(x, x_scale, down, down_scale, t, sms: int, dependent: bool) -> None:
+def run_low_rank(x, x_scale, down, down_scale, t, sms: int, dependent: bool, ratio: float = 1.0) -> None:
     """Fill t (T, R) from x (..., K), int8 with x_scale or floating; both in plane order.
 
-    dependent: launch it before the kernel in front has ended, which it then waits for.
+    dependent: launch it before the kernel in front has ended, which it then waits for. ratio: of the scale of an int8 x
+    over x_scale.
     """
     tokens, k, rank = x.numel() // x.shape[-1], x.shape[-1], down.shape[0]
     group = k // down_scale.shape[1]
@@ -96,7 +97,7 @@ def run_low_rank(x, x_scale, down, down_scale, t, sms: int, dependent: bool) -> 
         counters = split_counters(x.device, tiles)
     _low_rank[(tiles * splits,)](
         x, x_scale, down, down_scale, t, partials, counters, tokens, k, rank,
-        1 / 16,  # int8 weights enter the dot as 16 * q
+        ratio / 16,  # int8 weights enter the dot as 16 * q
         GROUP=group, BM=tile, BK=step, RP=padded, S=splits,
         INT=x.dtype == torch.int8, FORM=_form(x.dtype), INTERPRET=INTERPRET, PDL=dependent,
         num_warps=4, num_stages=4, **({"launch_pdl": True} if dependent else {}),

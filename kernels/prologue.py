@@ -26,6 +26,7 @@ from tqcompile.kernels.twin_linear import (
     device_reason,
     round_to,
 )
+from tqcompile.ops.prologue import keeps_wide
 from tqcompile.ops.twin_gemm import is_deferred
 
 MAX_K = 32768
@@ -285,11 +286,11 @@ def unsupported(
 def launch(
     x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio, planes=True, defer_from=0,
     plan=None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Run the kernels on arguments for which :func:`unsupported` returned None.
 
     Args: those of ``tqcompile::prologue``; ``plan`` overrides :func:`choose_plan` (tests, tuning).
-    Returns: operand, operand_scale, t, h.
+    Returns: operand, operand_scale, t, h, wide.
     """
     lead, k = x.shape[:-1], x.shape[-1]
     rank = 0 if down is None else down.shape[0]
@@ -297,13 +298,18 @@ def launch(
     operand = x.new_empty((*lead, k), dtype=x.dtype if act_bits == 16 else torch.int8)
     operand_scale = x.new_empty(0 if act_bits == 16 else (*lead, 1), dtype=torch.float32)
     t, h = x.new_empty((*lead, rank)), x.new_empty((*lead, k) if stream else 0)
-    if is_deferred(x, defer_from):
+    keep = keeps_wide(down, act_bits, defer_from)
+    wide = x.new_empty((*lead, k) if keep else 0, dtype=torch.int8)
+    deferred = is_deferred(x, defer_from)
+    if deferred:
         down = down_scale = None
+    eight = (wide, torch.empty_like(operand_scale)) if keep and deferred else None
     if operand.numel():
         args = (_as_rows(x), None if other is None else _as_rows(other), gain, input_scale, rotation)
         with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-            _run(*args, down, down_scale, kind, eps, act_bits, act_ratio, planes, operand, operand_scale, t, h, plan)
-    return operand, operand_scale, t, h
+            args += (down, down_scale, kind, eps, act_bits, act_ratio, planes)
+            _run(*args, operand, operand_scale, t, h, eight, plan)
+    return operand, operand_scale, t, h, wide
 
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -313,8 +319,9 @@ def _as_rows(x: torch.Tensor) -> torch.Tensor:
 
 def _run(
     x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio, planes,
-    operand, operand_scale, t, h, plan,
+    operand, operand_scale, t, h, eight, plan,
 ) -> None:  # fmt: skip
+    """eight: where the 8-bit integers and their scale go beside 4-bit ones, or None."""
     tokens, k = x.shape
     rank = 0 if down is None else down.shape[0]
     group = k // down_scale.shape[1] if rank else 128
@@ -323,9 +330,9 @@ def _run(
     plan = plan or choose_plan(tokens, k, rank, group, block, act_bits, separate)
     apart = rank > 0 and plan.ranks == 0
     words = plan.ranks > 0 and _in_words(k, group, plan.columns, act_bits)
-    q8, q8_scale = operand, operand_scale
     if apart and act_bits == 4:
-        q8, q8_scale = torch.empty_like(operand), torch.empty_like(operand_scale)
+        eight = torch.empty_like(operand), torch.empty_like(operand_scale)
+    q8, q8_scale = eight or (operand, operand_scale)
     # Programmatic dependent launch: this kernel starts before the one in front has ended, and twin_gemm before this.
     dependent = x.is_cuda and _gpu(x.device.index).major >= 9
     launch_options = {"launch_pdl": True} if dependent else {}
@@ -340,7 +347,7 @@ def _run(
         *((0, 0) if rotation is None else rotation.stride()), float(eps), float(act_ratio),
         P=plan.parts, RP=plan.ranks, STEP=plan.step, GROUP=group,
         ROWS=plan.rows, COLS=plan.columns, EXACT=plan.rows * plan.columns * (1 if plan.ranks else plan.parts) == k,
-        BITS=act_bits, KEEP8=apart, KIND=kind, HAS_OTHER=other is not None,
+        BITS=act_bits, KEEP8=eight is not None, KIND=kind, HAS_OTHER=other is not None,
         SCALE=input_scale is not None, ROTATE=rotation is not None, PLANES=planes, WORDS=words, INTERPRET=INTERPRET,
         PDL=dependent,
         num_warps=plan.warps, **launch_options,

@@ -43,11 +43,19 @@ def _shared(rows_bytes: int, bits: int):
     return gl.NVMMASharedLayout(min(128, rows_bytes), bits, rank=2)
 
 
+def _low(p, x) -> tuple:
+    """(down, down_scale, x of t, ratio of its scale), where the kernel makes t; else nothing, and x for itself."""
+    if p.low is None:
+        return None, None, x, 1.0
+    down, down_scale, wide, ratio = p.low
+    return down, down_scale, wide.view(-1, p.k), ratio
+
+
 def run_wgmma(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias, addend) -> None:
     """Fill y. p and config: a problem and a configuration of twin_gemm.py; the others: arguments of ``twin_gemm``."""
     bm, splits, ctas = config["bm"], config["splits"], config["ctas"]
     x, y2 = x.view(-1, p.k), y.view(-1, p.n)
-    down, down_scale = p.low or (None, None)
+    down, down_scale, low_x, low_ratio = _low(p, x)
     low, tokens = -(-p.r // 64) if p.low else 0, -(-p.t // bm)
     tiles, low_tiles = -(-p.n // 128) * tokens, low * tokens
     steps, most = p.k // 128, ctas * p.sms  # most: programs that run at once
@@ -73,8 +81,10 @@ def run_wgmma(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias
         TensorDescriptor.from_tensor(y2, [share // pieces, 64], _shared(128, 16)),
         TensorDescriptor.from_tensor(added, [share // pieces, 64], _shared(128, 16)),
         TensorDescriptor.from_tensor(down.view(torch.int8) if low else packed, [64, 64], _shared(64, 8)),
+        TensorDescriptor.from_tensor(low_x, [bm, 64], _shared(64 * x.element_size(), 8 * x.element_size())),
         scale, channel, channel if x_scale is None else x_scale, w if up is None else up,
-        scale if up is None else up_scale, scale if down is None else down_scale, t2, y if bias is None else bias,
+        scale if up is None else up_scale, scale if down is None else down_scale,
+        low_ratio, t2, y if bias is None else bias,
         partials, counters, ready, low_parts, whole, parts, p.t, p.n, p.k,
         BM=bm, STAGES=p.stages(bm, ctas), GROUP_STEPS=p.group // 128, R=p.r, LOW=low,
         DOWN_STEPS=p.k // down_scale.shape[1] // 128 if low else 1, SPLIT=parts > 1, SHARES=shares,
@@ -88,7 +98,7 @@ def run_narrow(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bia
     """As run_wgmma, for the narrow kernel."""
     bm, parts, ctas = config["bm"], config["splits"], config["ctas"]
     x, y2 = x.view(-1, p.k), y.view(-1, p.n)
-    down, down_scale = p.low or (None, None)
+    down, down_scale, low_x, low_ratio = _low(p, x)
     low, tokens, most = -(-p.r // 64) if p.low else 0, -(-p.t // bm), ctas * p.sms
     tiles, low_tiles = -(-p.n // 128) * tokens, low * tokens
     low_parts = share_of_t(low_tiles, tiles * parts, most, -(-p.k // 256)) if low else 1
@@ -105,9 +115,10 @@ def run_narrow(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bia
         TensorDescriptor.from_tensor(y2, [bm, 64], _shared(128, 16)),
         TensorDescriptor.from_tensor(added, [bm, 64], _shared(128, 16)),
         TensorDescriptor.from_tensor(down.view(torch.int8) if low else packed, [128, 128], _shared(128, 8)),
+        TensorDescriptor.from_tensor(low_x, [bm, 128], _shared(128, 8)),
         scale, channel, x_scale, w if up is None else up, scale if up is None else up_scale,
-        scale if down is None else down_scale, t2, y if bias is None else bias, partials, counters, ready, low_parts,
-        parts, p.t, p.n, p.k,
+        scale if down is None else down_scale, low_ratio, t2, y if bias is None else bias,
+        partials, counters, ready, low_parts, parts, p.t, p.n, p.k,
         BM=bm, STAGES=p.narrow_stages(bm, ctas), GROUP_STEPS=p.group // 128,
         PAIRS=p.group == 128 and p.k % 256 == 0 and scale.dtype == torch.bfloat16 and scale.data_ptr() % 4 == 0,
         R=p.r, LOW=low,

@@ -58,13 +58,14 @@ DENSE_TOKENS = 512  # from here unpacking once is cheaper than unpacking in ever
 
 def unsupported(
     operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend, dtype,
-    down=None, down_scale=None, defer_from=0,
+    down=None, down_scale=None, defer_from=0, wide=None, wide_ratio=0.0,
 ) -> str | None:  # fmt: skip
     """Why :func:`launch` cannot serve these arguments (those of ``tqcompile::twin_gemm``), or None."""
     reason = device_reason(operand.device)
     if reason:
         return reason
-    tensors = (operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, down, down_scale, addend)
+    tensors = (operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, down, down_scale)
+    tensors += (wide, addend)
     if any(a is not None and a.device != operand.device for a in tensors):
         return "all tensors must be on one device"
     if any(a is not None and not a.is_contiguous() for a in (operand, *tensors[:-1])):
@@ -107,6 +108,8 @@ def unsupported(
         return None
     if down.dtype != torch.uint8 or down.shape != (r, k // 2):
         return f"down must be uint8 ({r}, {k}/2), got {down.dtype} {tuple(down.shape)}"
+    if wide is not None and (operand.dtype, wide.dtype, wide.shape) != (torch.int8, torch.int8, operand.shape):
+        return f"wide must be int8 {tuple(operand.shape)} beside an int8 operand, got {wide.dtype} {tuple(wide.shape)}"
     return _group_reason("down", k, down_scale, r)
 
 
@@ -125,7 +128,9 @@ class _Problem:
         self.sms = _gpu(self.index).multi_processor_count if operand.is_cuda else 132
         self.major = _gpu(self.index).major if operand.is_cuda else 0
         self.dependent = self.major >= 9  # whether a kernel starts before its prologue has ended
-        self.low = None  # down and down_scale, where the wgmma form makes t
+        self.low = (
+            None  # down, its scale, the operand of t, and its scale over operand_scale; where the product makes t
+        )
 
     def stages(self, bm: int, ctas: int) -> int:
         """Buffers of the wgmma form that fit into shared memory; it needs two."""
@@ -234,7 +239,7 @@ def candidates(n: int, k: int, t: int, form: str) -> list[dict]:
 
 def launch(
     operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend, dtype,
-    down=None, down_scale=None, defer_from=0, config=None,
+    down=None, down_scale=None, defer_from=0, wide=None, wide_ratio=0.0, config=None,
 ) -> torch.Tensor:  # fmt: skip
     """Run a kernel on arguments for which :func:`unsupported` returned None.
 
@@ -256,10 +261,11 @@ def launch(
         if down is not None and is_deferred(operand, defer_from):
             t = torch.empty_like(t)
             least = {"narrow": 8, "wgmma": 16}.get(config["kernel"])  # tokens of a tile that makes t
+            of_t, ratio = (operand, 1.0) if wide is None else (wide, wide_ratio)
             if least and config["bm"] >= least and p.k // down_scale.shape[1] % 128 == 0:
-                p.low = (down, down_scale)
+                p.low = (down, down_scale, of_t, ratio)
             else:
-                run_low_rank(operand, operand_scale, down, down_scale, t, p.sms, p.dependent)
+                run_low_rank(of_t, operand_scale, down, down_scale, t, p.sms, p.dependent, ratio)
         run[config["kernel"]](
             p, config, y, operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend
         )

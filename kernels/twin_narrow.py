@@ -38,7 +38,7 @@ BYTES = gl.constexpr(128)  # of a row of weights in a buffer: 256 channels
 
 @gluon.jit
 def _copy_tiles(
-    w_desc, x_desc, t_desc, d_desc, ws, xs, ts, full, empty, t_full, t_empty, ready, low_parts, parts, T, N, K,
+    w_desc, x_desc, t_desc, d_desc, l_desc, ws, xs, ts, full, empty, t_full, t_empty, ready, low_parts, parts, T, N, K,
     BM: gl.constexpr, STAGES: gl.constexpr, R: gl.constexpr, LOW: gl.constexpr, SPLIT: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The copying warp. Beyond K come zeros for weights, so what comes for x does not count."""
@@ -51,8 +51,10 @@ def _copy_tiles(
         tile, part, of = item_at(i - own_low, 0, parts, SPLIT)
         n0, m0 = tile_at(tile, tiles_n, tiles_m, BM)
         of_t = i < own_low
+        from_desc = x_desc
         if LOW > 0:
             if of_t:
+                from_desc = l_desc
                 tile, part = early_item(i, low_parts)
                 n0, m0, of = tile % LOW * 64, tile // LOW * BM, low_parts
         begin = steps * part // of
@@ -67,8 +69,8 @@ def _copy_tiles(
             if PDL:
                 if (i == 0) & (step == begin):  # the weights do not depend on the kernel before, x and t do
                     grid_wait(step)
-            tma.async_copy_global_to_shared(x_desc, [m0, step * BYTES], bar, xs.index(2 * slot))
-            tma.async_copy_global_to_shared(x_desc, [m0, K // 2 + step * BYTES], bar, xs.index(2 * slot + 1))
+            tma.async_copy_global_to_shared(from_desc, [m0, step * BYTES], bar, xs.index(2 * slot))
+            tma.async_copy_global_to_shared(from_desc, [m0, K // 2 + step * BYTES], bar, xs.index(2 * slot + 1))
             slot, phase = advance(slot, phase, STAGES)
         if R > 0:
             if i >= own_low:
@@ -97,8 +99,8 @@ def _let_go(bar):
 
 @gluon.jit
 def _multiply_down(
-    HALF: gl.constexpr, mma: gl.constexpr, weights: gl.constexpr, ws, xs, full, empty, x_scale, down_scale, t,
-    partials, counters, ready, slot, phase, tile, part, parts, T, K,
+    HALF: gl.constexpr, mma: gl.constexpr, weights: gl.constexpr, ws, xs, full, empty, x_scale, low_ratio, down_scale,
+    t, partials, counters, ready, slot, phase, tile, part, parts, T, K,
     BM: gl.constexpr, STAGES: gl.constexpr, R: gl.constexpr, LOW: gl.constexpr, DOWN_STEPS: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's share of a part of a tile of t: 64 rows of down, half of the channels. Returns slot and phase."""
@@ -125,7 +127,7 @@ def _multiply_down(
     finish, total = add_parts(total, first, 2 * part + HALF, 2 * parts, partials, counters + 2 * tile, 1, BM)
     if finish:
         m = m0 + gl.arange(0, BM, gl.SliceLayout(0, mma))
-        give_t(total, m, r, x_scale, t, ready + tile // LOW, T, R, True)
+        give_t(total * low_ratio, m, r, x_scale, t, ready + tile // LOW, T, R, True)
     return slot, phase
 
 
@@ -142,7 +144,8 @@ def _scales_at(scale_at, step, groups, GROUP_STEPS: gl.constexpr, PAIRS: gl.cons
 @gluon.jit
 def _multiply(
     HALF: gl.constexpr, y_desc, a_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, a_full,
-    scale, channel, x_scale, up, up_scale, down_scale, t, bias, partials, counters, ready, low_parts, parts, T, N, K,
+    scale, channel, x_scale, up, up_scale, down_scale, low_ratio, t, bias, partials, counters, ready, low_parts, parts,
+    T, N, K,
     BM: gl.constexpr, STAGES: gl.constexpr, GROUP_STEPS: gl.constexpr, PAIRS: gl.constexpr, R: gl.constexpr,
     LOW: gl.constexpr, DOWN_STEPS: gl.constexpr, SPLIT: gl.constexpr, HAS_BIAS: gl.constexpr,
     HAS_ADDEND: gl.constexpr, PDL: gl.constexpr,
@@ -167,7 +170,7 @@ def _multiply(
         for i in range(own_low):
             tile, part = early_item(i, low_parts)
             slot, phase = _multiply_down(
-                HALF, mma, weights, ws, xs, full, empty, x_scale, down_scale, t, partials, counters, ready,
+                HALF, mma, weights, ws, xs, full, empty, x_scale, low_ratio, down_scale, t, partials, counters, ready,
                 slot, phase, tile, part, low_parts, T, K, BM, STAGES, R, LOW, DOWN_STEPS,
             )  # fmt: skip
     for i in range(own):
@@ -244,8 +247,8 @@ def _multiply(
 
 @gluon.jit(do_not_specialize=["T", "low_parts", "parts"])
 def twin_narrow(
-    w_desc, x_desc, t_desc, y_desc, a_desc, d_desc, scale, channel, x_scale, up, up_scale, down_scale, t, bias,
-    partials, counters, ready, low_parts, parts, T, N, K,
+    w_desc, x_desc, t_desc, y_desc, a_desc, d_desc, l_desc, scale, channel, x_scale, up, up_scale, down_scale,
+    low_ratio, t, bias, partials, counters, ready, low_parts, parts, T, N, K,
     BM: gl.constexpr, STAGES: gl.constexpr, GROUP_STEPS: gl.constexpr, PAIRS: gl.constexpr, R: gl.constexpr,
     LOW: gl.constexpr, DOWN_STEPS: gl.constexpr, SPLIT: gl.constexpr, HAS_BIAS: gl.constexpr,
     HAS_ADDEND: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
@@ -255,8 +258,8 @@ def twin_narrow(
 
     Descriptors: packed weights (N, K/2) int8 in boxes (128, 128); x (T, K) int8 planes in (BM, 128); t (T, R) planes in
     (BM, R / 2); y and the addend (T, N) in (BM, 64). partials: 2 * 64 * BM words a part of a tile or of t; counters: 2
-    a tile of t and a tile, zero. LOW, low_parts, DOWN_STEPS, ready, REGISTERS: as in ``twin_wgmma``; d_desc is down
-    (R, K/2) in boxes (128, 128).
+    a tile of t and a tile, zero. LOW, low_parts, low_ratio, DOWN_STEPS, ready, REGISTERS: as in ``twin_wgmma``; d_desc
+    is down (R, K/2) in boxes (128, 128), l_desc like x_desc.
     """
     ws = gl.allocate_shared_memory(gl.int8, [STAGES, ROWS, BYTES], w_desc.layout)
     xs = gl.allocate_shared_memory(gl.int8, [2 * STAGES, BM, BYTES], x_desc.layout)
@@ -274,13 +277,15 @@ def twin_narrow(
     gl.warp_specialize(
         [
             (_multiply, (0, y_desc, a_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, a_full, scale, channel,
-                         x_scale, up, up_scale, down_scale, t, bias, partials, counters, ready, low_parts, parts, T, N,
-                         K, BM, STAGES, GROUP_STEPS, PAIRS, R, LOW, DOWN_STEPS, SPLIT, HAS_BIAS, HAS_ADDEND, PDL)),
+                         x_scale, up, up_scale, down_scale, low_ratio, t, bias, partials, counters, ready, low_parts,
+                         parts, T, N, K, BM, STAGES, GROUP_STEPS, PAIRS, R, LOW, DOWN_STEPS, SPLIT, HAS_BIAS,
+                         HAS_ADDEND, PDL)),
             (_multiply, (1, y_desc, a_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, a_full, scale, channel,
-                         x_scale, up, up_scale, down_scale, t, bias, partials, counters, ready, low_parts, parts, T, N,
-                         K, BM, STAGES, GROUP_STEPS, PAIRS, R, LOW, DOWN_STEPS, SPLIT, HAS_BIAS, HAS_ADDEND, PDL)),
-            (_copy_tiles, (w_desc, x_desc, t_desc, d_desc, ws, xs, ts, full, empty, t_full, t_empty, ready, low_parts,
-                           parts, T, N, K, BM, STAGES, R, LOW, SPLIT, PDL)),
+                         x_scale, up, up_scale, down_scale, low_ratio, t, bias, partials, counters, ready, low_parts,
+                         parts, T, N, K, BM, STAGES, GROUP_STEPS, PAIRS, R, LOW, DOWN_STEPS, SPLIT, HAS_BIAS,
+                         HAS_ADDEND, PDL)),
+            (_copy_tiles, (w_desc, x_desc, t_desc, d_desc, l_desc, ws, xs, ts, full, empty, t_full, t_empty, ready,
+                           low_parts, parts, T, N, K, BM, STAGES, R, LOW, SPLIT, PDL)),
         ],
         [4, 1],
         [REGISTERS, 24],

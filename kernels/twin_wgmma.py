@@ -51,7 +51,8 @@ from tqcompile.kernels.wgmma_tiles import (
 
 @gluon.jit
 def _copy_tiles(
-    w_desc, x_desc, t_desc, d_desc, ws, xs, ts, full, empty, t_full, t_empty, ready, low_parts, whole, parts, T, N, K,
+    w_desc, x_desc, t_desc, d_desc, l_desc, ws, xs, ts, full, empty, t_full, t_empty, ready, low_parts, whole, parts,
+    T, N, K,
     BM: gl.constexpr, STAGES: gl.constexpr, R: gl.constexpr, LOW: gl.constexpr, SPLIT: gl.constexpr,
     SHARES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -66,8 +67,10 @@ def _copy_tiles(
         tile, part, of = item_at(i - own_low, whole, parts, SPLIT)
         n0, m0 = tile_at(tile, tiles_n, tiles_m, BM)
         of_t = i < own_low
+        from_desc = x_desc
         if LOW > 0:
             if of_t:
+                from_desc = l_desc
                 tile, part = early_item(i, low_parts)
                 n0, m0, of = tile % LOW * 64, tile // LOW * BM, low_parts
         begin, end = steps * part // of, steps * (part + 1) // of
@@ -85,8 +88,8 @@ def _copy_tiles(
             if PDL:
                 if (i == 0) & (step == begin):  # the weights do not depend on the kernel before, x and t do
                     grid_wait(step)
-            tma.async_copy_global_to_shared(x_desc, [m0, step * 64], bar, xs.index(2 * slot))
-            tma.async_copy_global_to_shared(x_desc, [m0, K // 2 + step * 64], bar, xs.index(2 * slot + 1))
+            tma.async_copy_global_to_shared(from_desc, [m0, step * 64], bar, xs.index(2 * slot))
+            tma.async_copy_global_to_shared(from_desc, [m0, K // 2 + step * 64], bar, xs.index(2 * slot + 1))
             slot, phase = advance(slot, phase, STAGES)
         if R > 0:
             if i >= own_low:
@@ -122,8 +125,9 @@ def _item(
 @gluon.jit
 def _multiply(
     HALF: gl.constexpr, x_desc, y_desc, a_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, a_full,
-    scale, channel, x_scale, up, up_scale, down_scale, t, bias, partials, counters, ready, low_parts, whole, parts,
-    T, N, K, BM: gl.constexpr, STAGES: gl.constexpr, GROUP_STEPS: gl.constexpr, R: gl.constexpr, LOW: gl.constexpr,
+    scale, channel, x_scale, up, up_scale, down_scale, low_ratio, t, bias, partials, counters, ready, low_parts, whole,
+    parts, T, N, K,
+    BM: gl.constexpr, STAGES: gl.constexpr, GROUP_STEPS: gl.constexpr, R: gl.constexpr, LOW: gl.constexpr,
     DOWN_STEPS: gl.constexpr, SPLIT: gl.constexpr, SHARES: gl.constexpr, HAS_BIAS: gl.constexpr,
     HAS_ADDEND: gl.constexpr, PIECES: gl.constexpr, AHEAD: gl.constexpr, EVEN: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -161,8 +165,8 @@ def _multiply(
         for i in range(own_low):
             tile, part = early_item(i, low_parts)
             slot, phase = multiply_down(
-                HALF, x_desc, ws, xs, full, empty, x_scale, down_scale, t, partials, counters, ready, slot, phase,
-                tile, part, low_parts, steps, T, BM, STAGES, R, LOW, DOWN_STEPS,
+                HALF, x_desc, ws, xs, full, empty, x_scale, low_ratio, down_scale, t, partials, counters, ready, slot,
+                phase, tile, part, low_parts, steps, T, BM, STAGES, R, LOW, DOWN_STEPS,
             )  # fmt: skip
     if AHEAD:
         place, scale_at, unit, s, s_next = _item(
@@ -291,8 +295,8 @@ def _multiply(
 
 @gluon.jit(do_not_specialize=["T", "low_parts", "whole", "parts"])
 def twin_wgmma(
-    w_desc, x_desc, t_desc, y_desc, a_desc, d_desc, scale, channel, x_scale, up, up_scale, down_scale, t, bias,
-    partials, counters, ready, low_parts, whole, parts, T, N, K,
+    w_desc, x_desc, t_desc, y_desc, a_desc, d_desc, l_desc, scale, channel, x_scale, up, up_scale, down_scale,
+    low_ratio, t, bias, partials, counters, ready, low_parts, whole, parts, T, N, K,
     BM: gl.constexpr, STAGES: gl.constexpr, GROUP_STEPS: gl.constexpr, R: gl.constexpr, LOW: gl.constexpr,
     DOWN_STEPS: gl.constexpr, SPLIT: gl.constexpr, SHARES: gl.constexpr, HAS_BIAS: gl.constexpr,
     HAS_ADDEND: gl.constexpr, PIECES: gl.constexpr, EVEN: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
@@ -303,9 +307,10 @@ def twin_wgmma(
     (BM, 64); t (T, R) planes in (BM / SHARES, R/2); y and the addend (T, N) in (BM / SHARES / PIECES, 64).
     SHARES: 1, or the parts of K of every tile, whose programs then exchange them.
     partials: 2 * 64 * BM words a part; counters: 2 a tile that has parts, zero.
-    LOW: 0, or how many tiles of 64 rows ``down`` has: then d_desc is down (R, K/2) in (64, 64), DOWN_STEPS steps share
-    a scale of it, tiles of t (T, R) come in low_parts parts, and ready has a counter for each BM tokens and one more,
-    zero.
+    LOW: 0, or how many tiles of 64 rows ``down`` has. Then d_desc is down (R, K/2) in (64, 64), DOWN_STEPS steps share
+    a scale of it, and l_desc is what t is made from: x, or the 8-bit integers beside a 4-bit x, whose scale is
+    low_ratio times x_scale. Tiles of t (T, R) come in low_parts parts, and ready has a counter for each BM tokens and
+    one more, zero.
     EVEN: every part of K has an even number of steps.
     REGISTERS: of a thread of the second warpgroup; the first gets what is left.
     """
@@ -328,16 +333,15 @@ def twin_wgmma(
     gl.warp_specialize(
         [
             (_multiply, (0, x_desc, y_desc, a_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, a_full, scale,
-                         channel, x_scale, up, up_scale, down_scale, t, bias, partials, counters, ready, low_parts,
-                         whole, parts, T, N, K, BM, STAGES, GROUP_STEPS, R, LOW, DOWN_STEPS, SPLIT, SHARES,
+                         channel, x_scale, up, up_scale, down_scale, low_ratio, t, bias, partials, counters, ready,
+                         low_parts, whole, parts, T, N, K, BM, STAGES, GROUP_STEPS, R, LOW, DOWN_STEPS, SPLIT, SHARES,
                          HAS_BIAS, HAS_ADDEND, PIECES, AHEAD, EVEN, PDL)),
             (_multiply, (1, x_desc, y_desc, a_desc, ws, xs, ts, ys, full, empty, t_full, t_empty, a_full, scale,
-                         channel, x_scale, up, up_scale, down_scale, t, bias, partials, counters, ready, low_parts,
-                         whole, parts, T, N, K, BM, STAGES, GROUP_STEPS, R, LOW, DOWN_STEPS, SPLIT, SHARES,
+                         channel, x_scale, up, up_scale, down_scale, low_ratio, t, bias, partials, counters, ready,
+                         low_parts, whole, parts, T, N, K, BM, STAGES, GROUP_STEPS, R, LOW, DOWN_STEPS, SPLIT, SHARES,
                          HAS_BIAS, HAS_ADDEND, PIECES, AHEAD, EVEN, PDL)),
-            (_copy_tiles, (w_desc, x_desc, t_desc, d_desc, ws, xs, ts, full, empty, t_full, t_empty, ready, low_parts,
-                           whole, parts, T, N, K, BM, STAGES, R, LOW, SPLIT, SHARES,
-                           PDL)),
+            (_copy_tiles, (w_desc, x_desc, t_desc, d_desc, l_desc, ws, xs, ts, full, empty, t_full, t_empty, ready,
+                           low_parts, whole, parts, T, N, K, BM, STAGES, R, LOW, SPLIT, SHARES, PDL)),
         ],
         [4, 1],
         [REGISTERS, 24],

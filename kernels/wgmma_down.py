@@ -9,8 +9,8 @@ from tqcompile.kernels.wgmma_tiles import add_parts, advance, float_operand, giv
 
 @gluon.jit
 def multiply_down(
-    HALF: gl.constexpr, x_desc, ws, xs, full, empty, x_scale, down_scale, t, partials, counters, ready, slot, phase,
-    tile, part, parts, steps, T, BM: gl.constexpr, STAGES: gl.constexpr, R: gl.constexpr,
+    HALF: gl.constexpr, x_desc, ws, xs, full, empty, x_scale, low_ratio, down_scale, t, partials, counters, ready, slot,
+    phase, tile, part, parts, steps, T, BM: gl.constexpr, STAGES: gl.constexpr, R: gl.constexpr,
     LOW: gl.constexpr, DOWN_STEPS: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's share of a part of a tile of t: 64 rows of down, half of the BM tokens. Returns slot and phase."""
@@ -48,5 +48,5 @@ def multiply_down(
         finish, total = add_parts(total, 2 * tile * parts + HALF, part, parts, partials, counter, 2, BM)
     if finish:
         m = m0 + HALF * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, mma))
-        give_t(total, m, r, x_scale, t, ready + tile // LOW, T, R, INT)
+        give_t(total * low_ratio, m, r, x_scale, t, ready + tile // LOW, T, R, INT)
     return slot, phase

@@ -21,6 +21,7 @@ import torch.fx
 
 from tqcompile import ops  # noqa: F401  (registers the ops)
 from tqcompile.ops.packing import integer_scales
+from tqcompile.ops.prologue import keeps_wide
 from tqcompile.ops.twin_gemm import defer_from_of
 from tqcompile.passes.base import Pass
 from tqcompile.passes.buffers import (
@@ -60,7 +61,7 @@ class _Site:
     def defer_from(self) -> int:
         """Number of tokens from which the linears make t themselves; 0: never. What one of them would not do beside its
         product is done once, in the prologue."""
-        if self.act_bits == 4 or not self.planes or _down(op_arguments(self.twins[0]))[0] is None:
+        if not self.planes or _down(op_arguments(self.twins[0]))[0] is None:
             return 0
         given = (op_arguments(twin) for twin in self.twins)
         return max(defer_from_of(*_shape(one["residual"])) for one in given)
@@ -247,6 +248,8 @@ class FusePrologue(Pass):
                 names["t"] = 2
             if producer.kind == "rms_norm" and producer.other is not None:
                 names["h"] = 3
+            if keeps_wide(down[0], site.act_bits, site.defer_from):
+                names["wide"] = 4
             return prologue, {name: get_item(prologue, i, site.at.meta) for name, i in names.items()}
 
     def _insert_gemm(self, gm, site: _Site, twin, last, addend, parts: dict, channel_scales: dict) -> torch.fx.Node:
@@ -258,6 +261,7 @@ class FusePrologue(Pass):
             args += (given["residual"], given["residual_scale"], channel, given["up"], given["up_scale"])
             down = _down(given) if site.defer_from else (None, None)
             args += (given["bias"], addend, site.dtype, *down, site.defer_from)
+            args += (parts["wide"], site.act_ratio) if "wide" in parts else (None, 0.0)
             return call_op(gm.graph, GEMM, args, twin.meta)
 
     def _channel_scale(self, gm, scale: torch.fx.Node, known: dict[str, str | None]) -> torch.fx.Node | None:

@@ -24,28 +24,30 @@ def worst(value: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> floa
 
 def worst_twin_gemm(
     y, operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend, dtype,
-    down=None, down_scale=None, defer_from=0, rows=4096, dense=False,
+    down=None, down_scale=None, defer_from=0, wide=None, wide_ratio=0.0, rows=4096, dense=False,
 ) -> float:  # fmt: skip
     """Largest error of y over its bound. ``rows`` of N at a time limit memory. ``dense``: the kernel rounds unpacked
     weights, and the two products, to ``dtype``. With ``down`` and enough tokens t is what it should be, and off by its
-    own sums and its rounding to ``dtype``.
+    own sums and its rounding to ``dtype``; made from ``wide`` where that is given.
 
     Counted: fp32 sums over K (int8 sums are exact inside a step; two units a product of floats, which tensor cores may
     cut off), scaling, the sum over R, the additions of bias and addend, the output rounding.
     """
     assert y.dtype == dtype, f"dtype {y.dtype}, expected {dtype}"
     n, k = residual.shape[0], operand.shape[-1]
-    wide = natural_order(operand.double().reshape(-1, k))
+    values = natural_order(operand.double().reshape(-1, k))
     scale = torch.ones(1, 1, dtype=torch.float64, device=operand.device)
     if operand_scale is not None:
         scale = operand_scale.double().reshape(-1, 1)
     sums = k // MIN_STEP + MAX_SPLITS + 12 + (0 if operand.dtype == torch.int8 else 2 * MAX_STEP)
     half, largest = torch.finfo(dtype).eps / 2, 0.0
     narrow = t_error = None
-    if down is not None and 0 < defer_from <= wide.shape[0]:
-        d = unpacked(down, down_scale)
-        narrow = wide @ d.T * scale
-        t_error = sums * U32 * (wide.abs() @ d.abs().T * scale)
+    if down is not None and 0 < defer_from <= values.shape[0]:
+        d, of_t, t_scale = unpacked(down, down_scale), values, scale
+        if wide is not None:
+            of_t, t_scale = natural_order(wide.double().reshape(-1, k)), scale * wide_ratio
+        narrow = of_t @ d.T * t_scale
+        t_error = sums * U32 * (of_t.abs() @ d.abs().T * t_scale)
         t_error = t_error * (1 + half) + half * narrow.abs() + _absolute_floor(dtype)
     elif t is not None:
         narrow = natural_order(t.double().reshape(-1, t.shape[-1]))
@@ -54,8 +56,8 @@ def worst_twin_gemm(
     for i in range(0, n, rows):
         some = slice(i, i + rows)
         w = unpacked(residual[some], residual_scale[some])
-        exact = wide @ w.T * scale
-        largest_sum = wide.abs() @ w.abs().T * scale
+        exact = values @ w.T * scale
+        largest_sum = values.abs() @ w.abs().T * scale
         error = (sums * U32 + dense * half) * largest_sum + dense * half * exact.abs()
         if t is not None:
             u = unpacked(up[some], up_scale[some])
@@ -77,7 +79,7 @@ def worst_plain_prologue(results, x, input_scale, rotation, down, down_scale, ac
     t is held against the operand that came back where that is what t reads (8 and 16 bits), and against the exactly
     rounded 8-bit values at 4 bits, whose operand no longer shows them.
     """
-    operand, operand_scale, t, _ = results
+    operand, operand_scale, t, *_ = results
     k = x.shape[-1]
     if act_bits == 16:
         wide = x if input_scale is None else (x.float() * input_scale.float()).to(x.dtype)

@@ -301,7 +301,7 @@ def _prologue_exact(x, other, gain, input_scale, rotation, kind, eps) -> tuple[t
 def worst_prologue(result, args, result8=None) -> float:
     """Largest error over bound of operand, operand_scale and t; h must be exact. ``result8``: of the same arguments
     with 8 bits, from which the 4-bit operand and its t follow exactly."""
-    operand, scale, t, h = result
+    operand, scale, t, h, *_ = result
     x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, ratio = args
     k, rank = x.shape[-1], 0 if down is None else down.shape[0]
     stream = kind == "rms_norm" and other is not None
@@ -315,7 +315,7 @@ def worst_prologue(result, args, result8=None) -> float:
         x = x + other  # one rounding, the same on every device
         assert torch.equal(h, x)
     if act_bits == 4:
-        q8, scale8, t8, _ = result8
+        q8, scale8, t8, *_ = result8
         assert torch.equal(operand, torch.round(q8.float() * ratio).clamp(-8, 7).to(torch.int8))
         torch.testing.assert_close(scale, scale8 / ratio, rtol=4 * U32, atol=0)
         assert torch.equal(t, t8)

@@ -283,11 +283,12 @@ def test_the_bounds_hold_for_the_definitions_and_catch_what_is_left_out(kernels,
         assert worst_plain_prologue(off, x, *given[3:7], act_bits, ours.ratio)["t"] > 1
 
 
-@pytest.mark.parametrize("act_bits", [8, 16])
+@pytest.mark.parametrize("act_bits", [8, 4, 16])
 def test_the_bound_holds_where_t_is_left_to_the_product(kernels, act_bits):
     weights = kernels.random_weights(37, 256, 10, True, "cpu")
     definitions = {op: kernels.Kernel(op, "cpu") for op in ("prologue", "twin_gemm")}
-    ours = kernels.Ours("w4a8" if act_bits == 8 else "w4a16", (None, None), definitions, 37, 256)
+    form = next(name for name, bits in kernels.ACT_BITS.items() if bits == act_bits)
+    ours = kernels.Ours(form, (None, None), definitions, 37, 256)
     assert ours.defer_from == 33
     for t in (33, 32):
         x = torch.randn(t, 256, generator=torch.Generator().manual_seed(t)).bfloat16()
@@ -297,8 +298,8 @@ def test_the_bound_holds_where_t_is_left_to_the_product(kernels, act_bits):
         y = ops.twin_gemm_reference(*args)
         assert worst_twin_gemm(y, *args) <= 1
         assert max(ours.errors(weights, x).values()) <= 1
-    args[-1] = 32  # now t is made of down
-    args[-3] = weights[5] ^ 0x80
+    args[13] = 32  # now t is made of down
+    args[11] = weights[5] ^ 0x80
     assert worst_twin_gemm(y, *args) > 1
 
 

@@ -114,6 +114,20 @@ def test_every_form_of_a_linear_becomes_two_ops(form, dtype):
     assert [(tuple(value.shape), value.dtype) for value in values] == [((2, 3, 24), dtype)]
 
 
+@pytest.mark.parametrize("act_bits", [8, 4, 16])
+def test_from_33_tokens_on_t_is_left_to_the_product(act_bits):
+    gm, got, want = fused(Plain(act_bits=act_bits), torch.randn(2, 20, K))
+    torch.testing.assert_close(only(got), want, rtol=1e-5, atol=1e-5)
+    (prologue,), (gemm,) = arguments(gm), arguments(gm, GEMM)
+    assert prologue["defer_from"] == gemm["defer_from"] == 33
+    assert (gemm["down"], gemm["down_scale"]) == (prologue["down"], prologue["down_scale"])
+    if act_bits == 4:  # t is of the 8-bit integers
+        assert gemm["wide"].args == (calls(gm, PROLOGUE)[0], 4)
+        assert gemm["wide_ratio"] == prologue["act_ratio"] > 0
+    else:
+        assert (gemm["wide"], gemm["wide_ratio"]) == (None, 0.0)
+
+
 @pytest.mark.parametrize("form", FORMS[:4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm_residual_and_the_addition_behind(form, dtype):

@@ -62,7 +62,7 @@ def test_it_is_what_the_modules_of_transformers_and_the_portable_ops_compute(kin
     else:
         q, q_scale = ops.quantize_activation(v, scale, turn)
     weights = (residual, residual_scale, down, down_scale, up, up_scale, None, ratio, BF16)
-    operand, operand_scale, t, h = ops.prologue(*args)
+    operand, operand_scale, t, h, *_ = ops.prologue(*args)
     operand_scale = operand_scale if act_bits != 16 else None
     got = ops.twin_gemm(operand, operand_scale, t, residual, residual_scale, None, up, up_scale, None, None, BF16)
     want = ops.twin_linear(q, q_scale, *weights)
@@ -148,24 +148,46 @@ def test_natural_order_has_the_same_values(kind):
     for block, k in ((32, 96), (None, 130)):
         args = random_prologue_args(3, k, None, 32, block, kind == "none", kind, kind != "none", BF16, 16, seed=6)
         for compute in (prologue_reference, *([run] if kernel.INTERPRET else [])):
-            operand, _, _, h = compute(*args)
-            natural, _, _, same_h = compute(*args, False)
+            operand, _, _, h, *_ = compute(*args)
+            natural, _, _, same_h, *_ = compute(*args, False)
             assert torch.equal(natural, from_planes(operand))
             assert torch.equal(same_h, h)
         torch.library.opcheck(ops.prologue, (*args, False))
 
 
 @interpreted
+@pytest.mark.usefixtures("_poisoned_outputs")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.parametrize("block", [None, 32])
+def test_four_bits_come_with_the_eight_that_a_deferred_t_is_made_from(block):
+    args = random_prologue_args(5, 128, 8, 64, block, False, "rms_norm", True, BF16, 4, seed=7)
+    for compute in (run, prologue_reference):
+        q8, scale8, *_ = compute(*eight_bit(args))
+        operand, scale, _, h, wide = compute(*args, True, 5)
+        assert torch.equal(wide, q8)
+        torch.testing.assert_close(scale * args[-1], scale8)
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip((operand, scale, h), compute(*args)[:2] + compute(*args)[3:4], strict=True)
+        )
+        not_deferred = compute(*args, True, 6)
+        assert torch.equal(not_deferred[2], compute(*args)[2])
+        assert not_deferred[4].shape == args[0].shape
+        assert compute(*args)[4].numel() == compute(*eight_bit(args), True, 5)[4].numel() == 0
+    torch.library.opcheck(ops.prologue, (*args, True, 5), test_utils=("test_schema", "test_faketensor"))
+
+
+@interpreted
 def test_no_tokens_and_one_token_without_leading_dimensions():
     empty = random_prologue_args((2, 0), 128, 8, 128, None, False, "rms_norm", True, BF16, 8)
-    assert [tuple(a.shape) for a in run(*empty)] == [(2, 0, 128), (2, 0, 1), (2, 0, 8), (2, 0, 128)]
+    assert [tuple(a.shape) for a in run(*empty)] == [(2, 0, 128), (2, 0, 1), (2, 0, 8), (2, 0, 128), (0,)]
     one = random_prologue_args((), 128, 8, 128, None, False, "none", False, BF16, 8)
     assert worst_prologue(run(*one), one) <= 1
 
 
 def test_the_bound_sees_one_wrong_value():
     args = random_prologue_args(4, 128, 8, 128, 32, False, "rms_norm", True, BF16, 8, seed=4)
-    operand, scale, t, h = prologue_reference(*args)
+    operand, scale, t, h, *_ = prologue_reference(*args)
     moved = operand.clone()
     moved[2, 5] += 3
     assert worst_prologue((moved, scale, t, h), args) > 1

@@ -135,6 +135,32 @@ def test_t_that_was_left_to_it_is_within_its_bound(config, t, n, k, rank, group,
 
 
 @pytest.mark.parametrize(
+    ("config", "t", "n", "k", "rank", "group"),
+    [
+        (wgmma(32, 4, ctas=2), 33, 136, 2048, 32, 256),
+        (wgmma(256), 257, 1000, 384, 64, 128),
+        (wgmma(256, 2), 300, 264, 2048, 64, 128),
+        (narrow(16), 13, 200, 384, 64, 128),
+        (narrow(16, 3, ctas=2), 16, 264, 1152, 128, 384),
+        (wgmma(128), 130, 264, 512, 64, 64),  # groups of 64: t in a launch of its own
+        (SKINNY, 9, 1000, 2048, 64, 128),
+    ],
+)
+def test_t_is_made_of_the_eight_bits_beside_four(config, t, n, k, rank, group):
+    args = list(random_args(t, n, k, rank, INT8, BF16))
+    g = torch.Generator("cuda").manual_seed(t)
+    args[0] = torch.randint(-8, 8, (t, k), generator=g, device="cuda", dtype=INT8)
+    args[2] = torch.full_like(args[2], float("nan"))
+    wide = torch.randint(-127, 128, (t, k), generator=g, device="cuda", dtype=INT8)
+    args += [*random_down(rank, k, group, BF16, "cuda"), 1, wide, 7 / 127]
+    first = run(args, config)
+    assert worst_twin_gemm(first, *args) <= 1
+    assert worst_twin_gemm(first, *args[:14]) > 1  # t of the four bits is another
+    for _ in range(20):
+        assert torch.equal(kernel.launch(*args, config=config), first)
+
+
+@pytest.mark.parametrize(
     ("config", "t", "n", "k"),
     [
         (wgmma(16, ctas=2), 16, 28672, 4096),
@@ -247,7 +273,7 @@ def test_prologue_and_gemm_in_a_graph_equal_eager(t):
 
     def both():
         given = (x, None, None, None, None, *down, "none", 0.0, 8, 0.0, True, 33)
-        operand, scale, low_rank, _ = prologue.launch(*given)
+        operand, scale, low_rank, *_ = prologue.launch(*given)
         return kernel.launch(operand, scale, low_rank, *args[3:], *down, 33), operand, scale, low_rank
 
     for _ in range(2):

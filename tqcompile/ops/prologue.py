@@ -6,7 +6,8 @@
     q, scale = quantize_activation(v, input_scale, rotation)
     t = (q @ down^T) * scale                the rank-R intermediate, rounded to the dtype of x
 
-From ``defer_from`` tokens on t is left to ``twin_gemm``, which can make it beside its own product.
+From ``defer_from`` tokens on t is left to ``twin_gemm``, which can make it beside its own product; at 4 bits it is
+then given the 8-bit q too.
 
 Every value is rounded where the modules of transformers and ``twin_linear`` round it. The 8-bit q feeds t at any
 ``act_bits``; what ``twin_gemm`` reads is q itself, its 4-bit rounding, or the transformed v. For ``lattice_linear``
@@ -22,7 +23,7 @@ from tqcompile.ops.quantize_activation import check_transform, quantize_activati
 from tqcompile.ops.twin_gemm import is_deferred, to_planes
 
 KINDS = ("none", "rms_norm", "silu_mul")
-_Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+_Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def prologue_reference(
@@ -42,6 +43,7 @@ def prologue_reference(
 ) -> _Result:
     """Plain-torch definition of the op; also the CPU kernel. See :func:`prologue`."""
     v, h = _produce(x, other, gain, kind, eps)
+    kept = x.new_empty(0, dtype=torch.int8)
     if act_bits == 16:
         q = transform_activation(v, input_scale, rotation)
         wide, scale, operand_scale = q.float(), 1.0, x.new_empty(0, dtype=torch.float32)
@@ -49,6 +51,8 @@ def prologue_reference(
         q, operand_scale = quantize_activation_reference(v, input_scale, rotation)
         wide, scale = q.float(), operand_scale
         if act_bits == 4:
+            if keeps_wide(down, act_bits, defer_from):
+                kept = to_planes(q)
             q = torch.round(wide * act_ratio).clamp(-8, 7).to(torch.int8)
             operand_scale = operand_scale / act_ratio
     if down is None:
@@ -57,7 +61,12 @@ def prologue_reference(
         t = x.new_full((*x.shape[:-1], down.shape[0]), float("nan"))
     else:
         t = to_planes((torch.matmul(wide, dequantize_int4(down, down_scale).t()) * scale).to(x.dtype))
-    return to_planes(q) if planes else q.clone(), operand_scale, t, h
+    return to_planes(q) if planes else q.clone(), operand_scale, t, h, kept
+
+
+def keeps_wide(down: torch.Tensor | None, act_bits: int, defer_from: int) -> bool:
+    """Whether the op returns 8-bit integers beside 4-bit ones, for a ``twin_gemm`` that makes t."""
+    return down is not None and act_bits == 4 and defer_from > 0
 
 
 def _produce(x, other, gain, kind: str, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,13 +110,14 @@ def prologue(
         kind: "none", "rms_norm" or "silu_mul". eps: of the norm.
         act_bits: 4, 8 or 16. act_ratio: for 4, the factor from the 8-bit to the 4-bit integer (> 0); else 0.
         planes: False, for 16 bits without ``down``: the operand in natural order, as ``lattice_linear`` reads it.
-        defer_from: number of tokens from which t is left to a ``twin_gemm`` with the same number; 0: never. Not for 4
-            bits, where t is of integers that ``twin_gemm`` does not see.
+        defer_from: number of tokens from which t is left to a ``twin_gemm`` with the same number; 0: never.
     Returns:
         operand: (..., K), int8 for 8 and 4 bits, dtype of x for 16, in plane order (ops/twin_gemm.py).
         operand_scale: (..., 1) float32; for 16 bits empty, (0,).
         t: (..., R), dtype of x, in plane order; (..., 0) without ``down``; values without a meaning where deferred.
         h: x + other, (..., K), where "rms_norm" has ``other``; else empty, (0,).
+        wide: for 4 bits with ``down`` and ``defer_from``, the 8-bit integers (..., K) int8 in plane order, times
+            operand_scale * act_ratio; without a meaning where t is not deferred. Else empty, (0,).
     """
     args = (x, other, gain, input_scale, rotation, down, down_scale, kind, eps, act_bits, act_ratio, planes, defer_from)
     return prologue_reference(*args)
@@ -135,7 +145,6 @@ def _(
     torch._check(kind != "silu_mul" or other is not None, lambda: 'kind "silu_mul" needs other')
     torch._check(act_bits in (4, 8, 16), lambda: f"act_bits must be 4, 8 or 16, got {act_bits}")
     torch._check((act_bits == 4) == (act_ratio > 0), lambda: "act_ratio > 0 belongs to 4 bits")
-    torch._check(act_bits != 4 or defer_from == 0, lambda: "defer_from is not for 4 bits")
     natural = act_bits == 16 and down is None
     torch._check(planes or natural, lambda: "natural order is for act_bits 16 without down")
     for name, value, shape in (("other", other, x.shape), ("gain", gain, (k,))):
@@ -154,4 +163,5 @@ def _(
         x.new_empty(0 if act_bits == 16 else (*rows, 1), dtype=torch.float32),
         x.new_empty((*rows, rank)),
         x.new_empty((*rows, k) if new_stream else 0),
+        x.new_empty((*rows, k) if keeps_wide(down, act_bits, defer_from) else 0, dtype=torch.int8),
     )

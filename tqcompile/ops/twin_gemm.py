@@ -52,15 +52,17 @@ def twin_gemm_reference(
     down: torch.Tensor | None = None,
     down_scale: torch.Tensor | None = None,
     defer_from: int = 0,
+    wide: torch.Tensor | None = None,
+    wide_ratio: float = 0.0,
 ) -> torch.Tensor:
     """Plain-torch definition of the op; also the CPU kernel. See :func:`twin_gemm`."""
-    wide = from_planes(operand).float()
-    y = torch.matmul(wide, dequantize_int4(residual, residual_scale).t())
+    y = torch.matmul(from_planes(operand).float(), dequantize_int4(residual, residual_scale).t())
     if operand_scale is not None:
         y = y * operand_scale
     if down is not None and is_deferred(operand, defer_from):
-        low = torch.matmul(wide, dequantize_int4(down, down_scale).t())
-        t = to_planes((low if operand_scale is None else low * operand_scale).to(t.dtype))
+        of_t, scale = (operand, operand_scale) if wide is None else (wide, operand_scale * wide_ratio)
+        low = torch.matmul(from_planes(of_t).float(), dequantize_int4(down, down_scale).t())
+        t = to_planes((low if scale is None else low * scale).to(t.dtype))
     if t is not None:
         y = y + torch.matmul(from_planes(t).float(), dequantize_int4(up, up_scale).t())
     if bias is not None:
@@ -86,6 +88,8 @@ def twin_gemm(
     down: torch.Tensor | None = None,
     down_scale: torch.Tensor | None = None,
     defer_from: int = 0,
+    wide: torch.Tensor | None = None,
+    wide_ratio: float = 0.0,
 ) -> torch.Tensor:
     """Residual product, up projection of t, bias and addend, rounded once at the end.
 
@@ -103,21 +107,23 @@ def twin_gemm(
         dtype: dtype of the result.
         down, down_scale, defer_from: those of the ``prologue`` that made operand and t, or None, None and 0. From
             ``defer_from`` tokens on, if that is not 0, the values of t are not read but made here, from the operand.
+        wide: of the same ``prologue``, (..., K) int8, where the operand has 4 bits: what t is made from instead.
+        wide_ratio: its ``act_ratio``, with ``wide``; else 0.
     Returns:
         (..., N) of ``dtype``.
     """
     args = (operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend, dtype)
-    return twin_gemm_reference(*args, down, down_scale, defer_from)
+    return twin_gemm_reference(*args, down, down_scale, defer_from, wide, wide_ratio)
 
 
 @twin_gemm.register_kernel("cuda")
 def _(
     operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend, dtype,
-    down=None, down_scale=None, defer_from=0,
+    down=None, down_scale=None, defer_from=0, wide=None, wide_ratio=0.0,
 ):  # fmt: skip
     args = (
         operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend, dtype,
-        down, down_scale, defer_from,
+        down, down_scale, defer_from, wide, wide_ratio,
     )  # fmt: skip
     launch = kernel_or_reason("twin_gemm", *args)
     return (launch or twin_gemm_reference)(*args)
@@ -126,7 +132,7 @@ def _(
 @twin_gemm.register_fake
 def _(
     operand, operand_scale, t, residual, residual_scale, channel_scale, up, up_scale, bias, addend, dtype,
-    down=None, down_scale=None, defer_from=0,
+    down=None, down_scale=None, defer_from=0, wide=None, wide_ratio=0.0,
 ):  # fmt: skip
     k, n, rows = operand.shape[-1], residual.shape[0], operand.shape[:-1]
     integer = operand.dtype == torch.int8
@@ -144,6 +150,13 @@ def _(
             torch._check(down.shape == (r, k // 2), lambda: f"down must be ({r}, {k}/2), got {tuple(down.shape)}")
     torch._check((down is None) == (down_scale is None), lambda: "down and down_scale come together")
     torch._check(down is None or t is not None, lambda: "down without t")
+    torch._check((wide is None) == (wide_ratio == 0), lambda: "wide and wide_ratio come together")
+    if wide is not None:
+        torch._check(down is not None and integer, lambda: "wide is for t of an int8 operand")
+        torch._check(
+            wide.shape == operand.shape, lambda: f"wide must be {tuple(operand.shape)}, got {tuple(wide.shape)}"
+        )
+        torch._check(wide.dtype == torch.int8, lambda: f"wide must be int8, got {wide.dtype}")
     for name, vector in (("channel_scale", channel_scale), ("bias", bias)):
         if vector is not None:
             torch._check(vector.shape == (n,), lambda name=name: f"{name} must be ({n},)")
