@@ -18,6 +18,7 @@ import torch
 import triton
 
 from tqcompile.kernels.lattice_tile import lattice_tile, write_planes, write_weights
+from tqcompile.kernels.spare_rows import empty_with_spare_rows, rows_in_storage
 from tqcompile.kernels.split_counters import split_counters
 from tqcompile.kernels.twin_gemm import NO_FASTER, SHARED_BYTES, fastest_split, warp_share
 from tqcompile.kernels.twin_linear import FLOATS, INTERPRET, Tile, _gpu, device_reason
@@ -151,15 +152,20 @@ class Skinny(NamedTuple):
     registers: int | None = None
 
 
-def choose_skinny(t: int, n: int, k: int, sms: int = 132) -> Skinny:
+def choose_skinny(t: int, n: int, k: int, bits: int, sms: int = 132) -> Skinny:
     """The configuration for T tokens, by rule. Fitted to an H200: two tiles of rows share what x costs, and where there
-    are programs enough for it, two of them on a multiprocessor are worth a few registers kept in memory."""
+    are programs enough for it, two of them on a multiprocessor are worth a few registers kept in memory. With K above
+    8192 there is one: 2 bits leave registers for 16 warps of it, 3 bits do not."""
     wide = n > 32 * sms
-    if t <= 8 and k <= 8192:
-        return Skinny(2, 1, 8, 4, 128) if wide else Skinny(1, 1, 8, 4)
+    if k > 8192 and t <= 8:
+        return Skinny(2, 1, 16, 1) if bits == 2 else Skinny(2, 1, 8, 2)
+    if k > 8192:
+        return Skinny(2, 1, 8, 1 if bits == 2 else 2)
+    if t <= 8 and bits == 3 and n <= 64 * sms:
+        return Skinny(2 if wide else 1, 1, 4, 4)
     if t <= 8:
-        return Skinny(2, 1, 8, 2)
-    return Skinny(2, 1, 4 if wide else 8, 4 if k <= 8192 else 1)
+        return Skinny(2, 1, 8, 4, 128) if wide else Skinny(1, 1, 8, 4)
+    return Skinny(2, 1, 4 if wide else 8, 4)
 
 
 class Wgmma(NamedTuple):
@@ -246,7 +252,7 @@ def _skinny(x, weights, n, k, bias, options, tile) -> torch.Tensor:
     codes, scale, zero, offset = weights
     bits, group = options["BITS"], options["GROUP"]
     gpu = _gpu(x.device.index)
-    row_tiles, row_warps, k_warps, unroll, registers = tile or choose_skinny(t, n, k, gpu.multi_processor_count)
+    row_tiles, row_warps, k_warps, unroll, registers = tile or choose_skinny(t, n, k, bits, gpu.multi_processor_count)
     y = torch.empty(t, n, dtype=x.dtype, device=x.device)
     # Programmatic dependent launch: this kernel starts, and loads its first codes, before the one in front has ended.
     dependent = gpu.major >= 9
@@ -266,7 +272,7 @@ def _skinny(x, weights, n, k, bias, options, tile) -> torch.Tensor:
 def _in_four_planes(x: torch.Tensor) -> torch.Tensor:
     """(T, K) -> (T, K), for the wgmma form: column i of every four in plane i, the four planes one after the other."""
     t, k = x.shape
-    out = torch.empty_like(x)
+    out = empty_with_spare_rows(x, (t, k), x.dtype)
     write_planes[(t, triton.cdiv(k, 1024))](x, out, k, BLOCK=1024, num_warps=2, launch_pdl=True)
     return out
 
@@ -288,7 +294,7 @@ def _wgmma(x, weights, n, k, bias, options, tile) -> torch.Tensor:
     codes = codes.view(torch.int8)
     lattice_wgmma[(programs,)](
         TensorDescriptor.from_tensor(codes, [64, 32], gl.NVMMASharedLayout(32, 8, rank=2)),
-        TensorDescriptor.from_tensor(x, [bm, 32], gl.NVMMASharedLayout(64, 16, rank=2)),
+        TensorDescriptor(x, [rows_in_storage(x, bm), k], x.stride(), [bm, 32], gl.NVMMASharedLayout(64, 16, rank=2)),
         TensorDescriptor.from_tensor(y, [bm // pieces, 64], gl.NVMMASharedLayout(128, 16, rank=2)),
         codes, scale, zero, offset, y if bias is None else bias, partials, counters, t, n, k,
         BM=bm, STAGES=stages(bm, ctas), GROUP_STEPS=options["GROUP"] // UNIT, BITS=options["BITS"], D=options["D"],

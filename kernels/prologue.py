@@ -15,6 +15,7 @@ import triton.language as tl
 
 from tqcompile.kernels.low_rank import run_low_rank
 from tqcompile.kernels.quantize_activation import ROTATION_BLOCKS
+from tqcompile.kernels.spare_rows import empty_with_spare_rows
 from tqcompile.kernels.token_t import down_rows, in_planes, t_values, words_of
 from tqcompile.kernels.twin_linear import (
     FLOATS,
@@ -295,11 +296,11 @@ def launch(
     lead, k = x.shape[:-1], x.shape[-1]
     rank = 0 if down is None else down.shape[0]
     stream = kind == "rms_norm" and other is not None
-    operand = x.new_empty((*lead, k), dtype=x.dtype if act_bits == 16 else torch.int8)
+    operand = empty_with_spare_rows(x, (*lead, k), x.dtype if act_bits == 16 else torch.int8)
     operand_scale = x.new_empty(0 if act_bits == 16 else (*lead, 1), dtype=torch.float32)
     t, h = x.new_empty((*lead, rank)), x.new_empty((*lead, k) if stream else 0)
     keep = keeps_wide(down, act_bits, defer_from)
-    wide = x.new_empty((*lead, k) if keep else 0, dtype=torch.int8)
+    wide = empty_with_spare_rows(x, (*lead, k), torch.int8) if keep else x.new_empty(0, dtype=torch.int8)
     deferred = is_deferred(x, defer_from)
     if deferred:
         down = down_scale = None

@@ -104,7 +104,8 @@ def config_for(op: str, gpu: str, n: int, k: int, t: int, form: str) -> Mapping 
     Args:
         op: e.g. "twin_gemm". gpu: the device's name. n, k: the weight is (N, K). t: tokens. form: see form_of.
     """
-    return _config_for(op, gpu, n, k, 1 << max(0, t - 1).bit_length(), form)
+    step = max(1, (1 << max(0, t - 1).bit_length()) // 8)  # four numbers of tokens between two powers of two
+    return _config_for(op, gpu, n, k, -(-t // step) * step, form)
 
 
 @functools.lru_cache(maxsize=4096)

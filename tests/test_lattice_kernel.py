@@ -1,5 +1,7 @@
 """The Triton kernel of ``lattice_linear`` on the CPU, in Triton's interpreter, against float64 with a derived bound."""
 
+import itertools
+
 import pytest
 import torch
 from lattice_bounds import CASES, random_arguments, worst
@@ -74,9 +76,9 @@ def test_a_tile_fits_every_shape(t, n, k, group):
     ("n", "k"), [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (40, 128), (57344, 8192), (8, 384)]
 )
 def test_the_forms_for_hopper_have_room_for_what_the_rules_choose(n, k):
-    for t in (1, 7, 9, 16):
-        cut = kernel.choose_skinny(t, n, k)
-        assert cut.row_warps * cut.k_warps in (4, 8)
+    for t, bits in itertools.product((1, 7, 9, 16), (2, 3)):
+        cut = kernel.choose_skinny(t, n, k, bits)
+        assert cut.row_warps * cut.k_warps in (4, 8, 16)
         vector, own = kernel.warp_share(k // 128, cut.k_warps, cut.unroll, True)
         assert own * cut.k_warps >= k // 128
         assert own % vector == cut.unroll % vector == k // 128 % vector == 0

@@ -163,8 +163,16 @@ def test_looking_up_is_a_dictionary_lookup_after_the_first_time(monkeypatch):
 
     monkeypatch.setattr(tuning, "_read", no)
     monkeypatch.setattr(tuning, "lookup", no)
-    for t in (65, 100, 128):
+    for t in (97, 100, 112):
         assert tuning.config_for("f", H200, 28672, 4096, t, FORM) is None
+
+
+def test_between_two_powers_of_two_are_four_numbers_of_tokens():
+    tuning.store({key(t=t): {"config": {"bn": t}, "us": 9} for t in (64, 80, 128, 320, 512)})
+    expected = {3: None, 33: 64, 64: 64, 65: 80, 80: 80, 81: 128, 128: 128, 257: 320, 320: 320, 321: 512, 513: None}
+    for t, bn in expected.items():
+        found = tuning.config_for("f", H200, 28672, 4096, t, FORM)
+        assert (found and found["bn"]) == bn, t
 
 
 def test_the_shipped_table_is_valid_and_made_from_measurements():

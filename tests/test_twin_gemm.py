@@ -128,6 +128,10 @@ def test_where_bf16_would_not_be_slower_the_report_says_so(n, k, first):
         floats, integers = (torch.empty(t, k, dtype=dtype, device="meta") for dtype in (BF16, INT8))
         assert kernel.remark(floats, None, None, residual) == (kernel.NO_FASTER if t >= first else None)
         assert kernel.remark(integers, None, None, residual) is None
+    for t in (64, 65, 80, 81, 160, 161, 640, 641, 1025):
+        integers = torch.empty(t, k, dtype=INT8, device="meta")
+        expected = n < 8192 and t in (65, 80, 160, 640)
+        assert kernel.remark(integers, None, None, residual) == (kernel.NO_FASTER if expected else None), t
 
 
 @pytest.mark.parametrize("programs", [132, 264])

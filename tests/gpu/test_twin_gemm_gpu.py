@@ -7,6 +7,7 @@ from gemm_bounds import random_down, random_gemm_args, worst_twin_gemm
 pytest.importorskip("triton")
 from tqcompile.cuda_graph import capture
 from tqcompile.kernels import twin_gemm as kernel
+from tqcompile.kernels.spare_rows import rows_in_storage
 
 pytestmark = [
     pytest.mark.gpu,
@@ -132,6 +133,20 @@ def test_t_that_was_left_to_it_is_within_its_bound(config, t, n, k, rank, group,
     assert worst_twin_gemm(first, *args, dense=dense) <= 1
     for _ in range(50):
         assert torch.equal(kernel.launch(*args, config=config), first)
+
+
+SPARE = [case for case in DEFERRED if case[0] is not None and case[0]["kernel"] in ("wgmma", "narrow")]
+
+
+@pytest.mark.parametrize(("config", "t", "n", "k", "rank", "group", "operand", "dtype", "options"), SPARE)
+def test_what_lies_behind_the_last_token_reaches_no_result(config, t, n, k, rank, group, operand, dtype, options):
+    args = list(random_args(t, n, k, rank, operand, dtype, **options))
+    args += [*random_down(rank, k, group, dtype, "cuda"), 1]
+    spare = torch.full((512, k), 127 if operand == INT8 else float("nan"), dtype=operand, device="cuda")
+    behind = torch.cat((args[0], spare))[:t]
+    assert rows_in_storage(behind, 512) == -(-t // 512) * 512
+    assert rows_in_storage(args[0].clone(), 512) == t
+    assert torch.equal(run([behind, *args[1:]], config), run([args[0].clone(), *args[1:]], config))
 
 
 @pytest.mark.parametrize(
