@@ -4,11 +4,14 @@ The last program of a tile resets its counter, so a counter that starts at zero 
 to give launches that may overlap different counters.
 """
 
+import logging
 import threading
 
 import torch
 
-_ARENA = 1 << 20  # counters per device, 4 MiB
+log = logging.getLogger("tqcompile")
+
+_ARENA = 1 << 22  # counters per device, 16 MiB: of some hundred captured models
 _STREAM_SHARE = 4096  # of them, for the launches of one stream
 _lock = threading.Lock()
 _arenas: dict = {}  # device -> (counters, {"used": how many are given out, stream: its share})
@@ -48,4 +51,7 @@ def split_counters(device: torch.device, tiles: int) -> torch.Tensor:
                 if not capturing:
                     shares[stream] = mine
                 return mine
+            if arena is not None and capturing and not shares.get("full"):
+                shares["full"] = True
+                log.warning("the %d counters of captured launches are used up; more launches clear their own", _ARENA)
     return torch.zeros(tiles, dtype=torch.int32, device=device)

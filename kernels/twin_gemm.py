@@ -286,7 +286,8 @@ def remark(*args) -> str | None:
     if operand.dtype in _HALVES:
         return NO_FASTER if t >= (64 if weights <= 2**24 else 256) else None
     below = (1 << max(0, t - 1).bit_length()) // 2
-    return NO_FASTER if weights <= 2**25 and 64 <= below <= 512 and 4 * t <= 5 * below else None
+    slow = 64 <= below <= 512 if weights <= 2**25 else below == 256 and weights <= 2**26
+    return NO_FASTER if slow and 4 * t <= 5 * below else None
 
 
 def _configuration(p: _Problem) -> Mapping:

@@ -121,17 +121,27 @@ def test_t_is_left_to_the_product_where_wgmma_begins(n, k, operand, compiled):
         assert kernel.choose(problem(first - 1, n, k))["kernel"] == "skinny"
 
 
-@pytest.mark.parametrize(("n", "k", "first"), [(28672, 4096, 256), (6144, 4096, 256), (4096, 4096, 64)])
-def test_where_bf16_would_not_be_slower_the_report_says_so(n, k, first):
+AFTER_A_POWER_OF_TWO = (65, 80, 160, 257, 320, 640)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "first", "slow"),
+    [
+        (28672, 4096, 256, ()),
+        (4096, 14336, 256, (257, 320)),
+        (6144, 4096, 256, AFTER_A_POWER_OF_TWO),
+        (4096, 4096, 64, AFTER_A_POWER_OF_TWO),
+    ],
+)
+def test_where_bf16_would_not_be_slower_the_report_says_so(n, k, first, slow):
     residual = torch.empty(n, k // 2, dtype=torch.uint8, device="meta")
     for t in (1, first - 1, first, 8192):
         floats, integers = (torch.empty(t, k, dtype=dtype, device="meta") for dtype in (BF16, INT8))
         assert kernel.remark(floats, None, None, residual) == (kernel.NO_FASTER if t >= first else None)
         assert kernel.remark(integers, None, None, residual) is None
-    for t in (64, 65, 80, 81, 160, 161, 640, 641, 1025):
+    for t in (*AFTER_A_POWER_OF_TWO, 64, 81, 128, 161, 321, 641, 1025):
         integers = torch.empty(t, k, dtype=INT8, device="meta")
-        expected = n < 8192 and t in (65, 80, 160, 640)
-        assert kernel.remark(integers, None, None, residual) == (kernel.NO_FASTER if expected else None), t
+        assert kernel.remark(integers, None, None, residual) == (kernel.NO_FASTER if t in slow else None), t
 
 
 @pytest.mark.parametrize("programs", [132, 264])

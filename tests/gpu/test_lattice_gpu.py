@@ -69,7 +69,7 @@ def test_a_compiled_model_runs_the_kernel(scheme):
 
     model = tiny("Qwen3").cuda()
     ids = tokens(3, 9, seed=7).cuda()
-    tqcompile.compile(model, tokens(), scheme=scheme, rank=16, group_size=64, tune=2, backend=None, progress=False)
+    tqcompile.compile(model, tokens(), scheme=scheme, rank=32, group_size=64, tune=2, backend=None, progress=False)
     eager = model(input_ids=ids).logits
     model.compile(backend="twinquant", dynamic=True, options={"quantize": False})
     found = model(input_ids=ids).logits

@@ -6,6 +6,7 @@ from gemm_bounds import random_down, random_gemm_args, worst_twin_gemm
 
 pytest.importorskip("triton")
 from tqcompile.cuda_graph import capture
+from tqcompile.kernels import split_counters
 from tqcompile.kernels import twin_gemm as kernel
 from tqcompile.kernels.spare_rows import rows_in_storage
 
@@ -305,3 +306,20 @@ def test_prologue_and_gemm_in_a_graph_equal_eager(t):
         eager, operand, scale, low_rank = both()
         assert torch.equal(y, eager)
         assert worst_twin_gemm(y, operand, scale, low_rank, *args[3:], *down, 33) <= 1
+
+
+def test_captured_launches_that_find_no_counters_clear_their_own_and_say_so(monkeypatch, caplog):
+    args = random_args(16, 4096, 4096, 64, INT8, BF16)
+    expected = run(args, narrow(16, 4))
+    monkeypatch.setattr(split_counters, "_ARENA", 64)
+    monkeypatch.setattr(split_counters, "_arenas", {})
+    assert torch.equal(run(args, narrow(16, 4)), expected)
+    for _ in range(2):
+        replay, found = capture(lambda: kernel.launch(*args, config=narrow(16, 4)))
+        for _ in range(3):
+            found.fill_(0)
+            replay()
+            assert torch.equal(found, expected)
+    assert [record.message.split(";")[0] for record in caplog.records if record.name == "tqcompile"] == [
+        "the 64 counters of captured launches are used up"
+    ]
