@@ -161,8 +161,8 @@ def choose_skinny(t: int, n: int, k: int, bits: int, sms: int = 132) -> Skinny:
         return Skinny(2, 1, 16, 1) if bits == 2 else Skinny(2, 1, 8, 2)
     if k > 8192:
         return Skinny(2, 1, 8, 1 if bits == 2 else 2)
-    if t <= 8 and bits == 3 and n <= 64 * sms:
-        return Skinny(2 if wide else 1, 1, 4, 4)
+    if t <= 8 and bits == 3 and wide and n <= 64 * sms:
+        return Skinny(2, 1, 4, 4)
     if t <= 8:
         return Skinny(2, 1, 8, 4, 128) if wide else Skinny(1, 1, 8, 4)
     return Skinny(2, 1, 4 if wide else 8, 4)
