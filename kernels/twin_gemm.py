@@ -52,6 +52,7 @@ _RANKS = (0, 32, 64, 128)  # of the wgmma form
 _STEP_US = {8: 0.34, 16: 0.34, 32: 0.34, 64: 0.35, 128: 0.43, 256: 0.69}
 _FLOAT_STEP_US = {8: 0.34, 16: 0.34, 32: 0.36, 64: 0.68, 128: 0.85, 256: 1.42}  # on an H100
 NARROW_TOKENS = 16
+_WIDE = 14  # its place among the arguments
 NO_FASTER = "bf16 would be about as fast, or faster"
 DENSE_TOKENS = 512  # from here unpacking once is cheaper than unpacking in every tile of tokens
 
@@ -128,9 +129,8 @@ class _Problem:
         self.sms = _gpu(self.index).multi_processor_count if operand.is_cuda else 132
         self.major = _gpu(self.index).major if operand.is_cuda else 0
         self.dependent = self.major >= 9  # whether a kernel starts before its prologue has ended
-        self.low = (
-            None  # down, its scale, the operand of t, and its scale over operand_scale; where the product makes t
-        )
+        # Where the product makes t: down, its scale, the operand of t, and its scale over operand_scale.
+        self.low = None
 
     def stages(self, bm: int, ctas: int) -> int:
         """Buffers of the wgmma form that fit into shared memory; it needs two."""
@@ -280,11 +280,14 @@ def describe(*args) -> str:
 
 def remark(*args) -> str | None:
     """Where bf16 weights would not be slower, on an H200: with 16-bit activations both do the same multiply-adds; with
-    integers on small layers, at a few tokens more than a power of two, most of the last tile is empty."""
+    integers on small layers, at a few tokens more than a power of two, most of the last tile is empty, and 4-bit ones
+    (``wide`` is there) cost their prologue more."""
     operand, residual = args[0], args[3]
     t, weights = operand.numel() // operand.shape[-1], residual.numel() * 2
     if operand.dtype in _HALVES:
         return NO_FASTER if t >= (64 if weights <= 2**24 else 256) else None
+    if weights <= 2**24 and len(args) > _WIDE and args[_WIDE] is not None:
+        return NO_FASTER if 64 < t <= 640 else None
     below = (1 << max(0, t - 1).bit_length()) // 2
     slow = 64 <= below <= 512 if weights <= 2**25 else below == 256 and weights <= 2**26
     return NO_FASTER if slow and 4 * t <= 5 * below else None

@@ -142,6 +142,9 @@ def test_where_bf16_would_not_be_slower_the_report_says_so(n, k, first, slow):
     for t in (*AFTER_A_POWER_OF_TWO, 64, 81, 128, 161, 321, 641, 1025):
         integers = torch.empty(t, k, dtype=INT8, device="meta")
         assert kernel.remark(integers, None, None, residual) == (kernel.NO_FASTER if t in slow else None), t
+        four_bits = (integers, None, None, residual, *[None] * 10, integers, 0.1)
+        expected = 64 < t <= 640 if n * k <= 2**24 else t in slow
+        assert kernel.remark(*four_bits) == (kernel.NO_FASTER if expected else None), t
 
 
 @pytest.mark.parametrize("programs", [132, 264])
