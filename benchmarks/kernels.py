@@ -118,12 +118,14 @@ class Ours:
         transform = (None, None) if self.act_bits == 4 else self.transform
         return (x, None, None, *transform, w[5], w[6], "none", 0.0, self.act_bits, self.ratio, True, self.defer_from)
 
-    def gemm_args(self, w: list, operands: tuple) -> tuple:
+    def gemm_args(self, w: list, operands: tuple, defer_from: int | None = None) -> tuple:
+        """defer_from: another number of tokens than the layer's."""
         operand, scale, t, _, wide = operands
         scale = scale if self.act_bits < 16 else None
         t = t if w[3] is not None else None
         wide = (wide, self.ratio) if keeps_wide(w[5], self.act_bits, self.defer_from) else (None, 0.0)
-        return (operand, scale, t, *w[:5], None, None, DTYPE, w[5], w[6], self.defer_from, *wide)
+        defer_from = self.defer_from if defer_from is None else defer_from
+        return (operand, scale, t, *w[:5], None, None, DTYPE, w[5], w[6], defer_from, *wide)
 
     def why_not(self, w: list, x: torch.Tensor) -> str | None:
         """The reason why a kernel does not serve these arguments: what would run then is no kernel of ours."""
@@ -159,8 +161,7 @@ class Ours:
             results, down = (*kept[:2], kept[2][:, :0], *kept[3:]), (None, None)
         found = worst_plain_prologue(results, args[0], *args[3:5], *down, self.act_bits, self.ratio)
         dense = self.gemm_form(w, operands) == "dense"
-        gemm_args = list(self.gemm_args(w, kept))
-        gemm_args[-3] = 1 if deferred else 0
+        gemm_args = self.gemm_args(w, kept, 1 if deferred else 0)
         return {**found, "y": worst_twin_gemm(y[some], *gemm_args, dense=dense)}
 
     def gemm_form(self, w: list, operands: tuple) -> str:

@@ -18,7 +18,7 @@ import torch
 import triton
 
 from tqcompile.kernels.lattice_tile import lattice_tile, write_planes, write_weights
-from tqcompile.kernels.spare_rows import empty_with_spare_rows, rows_in_storage
+from tqcompile.kernels.spare_rows import empty_with_spare_rows
 from tqcompile.kernels.split_counters import split_counters
 from tqcompile.kernels.twin_gemm import NO_FASTER, SHARED_BYTES, fastest_split, warp_share
 from tqcompile.kernels.twin_linear import FLOATS, INTERPRET, Tile, _gpu, device_reason
@@ -31,6 +31,7 @@ try:
     from tqcompile.kernels.lattice_gemv import lattice_gemv
     from tqcompile.kernels.lattice_skinny import lattice_skinny
     from tqcompile.kernels.lattice_wgmma import lattice_wgmma
+    from tqcompile.kernels.run_wgmma import of_tokens
 
     GLUON = True
 except ImportError:  # Gluon is experimental: a Triton release may move it
@@ -294,7 +295,7 @@ def _wgmma(x, weights, n, k, bias, options, tile) -> torch.Tensor:
     codes = codes.view(torch.int8)
     lattice_wgmma[(programs,)](
         TensorDescriptor.from_tensor(codes, [64, 32], gl.NVMMASharedLayout(32, 8, rank=2)),
-        TensorDescriptor(x, [rows_in_storage(x, bm), k], x.stride(), [bm, 32], gl.NVMMASharedLayout(64, 16, rank=2)),
+        of_tokens(x, [bm, 32]),
         TensorDescriptor.from_tensor(y, [bm // pieces, 64], gl.NVMMASharedLayout(128, 16, rank=2)),
         codes, scale, zero, offset, y if bias is None else bias, partials, counters, t, n, k,
         BM=bm, STAGES=stages(bm, ctas), GROUP_STEPS=options["GROUP"] // UNIT, BITS=options["BITS"], D=options["D"],

@@ -52,7 +52,7 @@ def _low(p, x) -> tuple:
     return down, down_scale, wide.view(-1, p.k), ratio
 
 
-def _tokens(x, box: list[int]):
+def of_tokens(x, box: list[int]):
     """Descriptor of an operand (T, K), with its spare rows."""
     layout = _shared(box[1] * x.element_size(), 8 * x.element_size())
     return TensorDescriptor(x, [rows_in_storage(x, box[0]), x.shape[1]], x.stride(), box, layout)
@@ -83,12 +83,12 @@ def run_wgmma(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bias
     added = y2 if addend is None else addend.to(y.dtype).view(-1, p.n)
     twin_wgmma[(programs,)](
         TensorDescriptor.from_tensor(packed, [64, 64], _shared(64, 8)),
-        _tokens(x, [bm, 64]),
+        of_tokens(x, [bm, 64]),
         TensorDescriptor.from_tensor(t2, [share, half], _shared(2 * half, 16)),
         TensorDescriptor.from_tensor(y2, [share // pieces, 64], _shared(128, 16)),
         TensorDescriptor.from_tensor(added, [share // pieces, 64], _shared(128, 16)),
         TensorDescriptor.from_tensor(down.view(torch.int8) if low else packed, [64, 64], _shared(64, 8)),
-        _tokens(low_x, [bm, 64]),
+        of_tokens(low_x, [bm, 64]),
         scale, channel, channel if x_scale is None else x_scale, w if up is None else up,
         scale if up is None else up_scale, scale if down is None else down_scale,
         low_ratio, t2, y if bias is None else bias,
@@ -117,12 +117,12 @@ def run_narrow(p, config, y, x, x_scale, t, w, scale, channel, up, up_scale, bia
     added = y2 if addend is None else addend.to(y.dtype).view(-1, p.n)
     twin_narrow[(min(tiles * parts + low_tiles * low_parts, most),)](
         TensorDescriptor.from_tensor(packed, [128, 128], _shared(128, 8)),
-        _tokens(x, [bm, 128]),
+        of_tokens(x, [bm, 128]),
         TensorDescriptor.from_tensor(t2, [bm, half], _shared(2 * half, 16)),
         TensorDescriptor.from_tensor(y2, [bm, 64], _shared(128, 16)),
         TensorDescriptor.from_tensor(added, [bm, 64], _shared(128, 16)),
         TensorDescriptor.from_tensor(down.view(torch.int8) if low else packed, [128, 128], _shared(128, 8)),
-        _tokens(low_x, [bm, 128]),
+        of_tokens(low_x, [bm, 128]),
         scale, channel, x_scale, w if up is None else up, scale if up is None else up_scale,
         scale if down is None else down_scale, low_ratio, t2, y if bias is None else bias,
         partials, counters, ready, low_parts, parts, p.t, p.n, p.k,

@@ -9,6 +9,7 @@ makes of them reaches no result.
 import math
 
 import torch
+import triton
 
 _LARGEST_TILE = 256
 
@@ -18,7 +19,7 @@ def empty_with_spare_rows(like: torch.Tensor, shape: tuple[int, ...], dtype: tor
     products choose: powers of two up to 256, below twice the tokens."""
     *lead, k = shape
     tokens = math.prod(lead)
-    tile = min(_LARGEST_TILE, 1 << max(0, tokens - 1).bit_length())
+    tile = min(_LARGEST_TILE, triton.next_power_of_2(max(tokens, 1)))
     return like.new_empty(-(-tokens // tile) * tile * k, dtype=dtype)[: tokens * k].view(shape)
 
 

@@ -29,7 +29,7 @@ def split_counters(device: torch.device, tiles: int) -> torch.Tensor:
 
     Launches on one stream follow each other and share counters; streams do not. A captured launch may be
     replayed on any stream, so it owns its counters for good (a graph never overlaps itself). Where the arena
-    does not exist yet or is used up, a launch clears its own.
+    does not exist yet or is used up, a launch clears its own; that it is used up is logged once.
     """
     if device.type == "cuda":
         capturing = torch.cuda.is_current_stream_capturing()

@@ -52,7 +52,6 @@ _RANKS = (0, 32, 64, 128)  # of the wgmma form
 _STEP_US = {8: 0.34, 16: 0.34, 32: 0.34, 64: 0.35, 128: 0.43, 256: 0.69}
 _FLOAT_STEP_US = {8: 0.34, 16: 0.34, 32: 0.36, 64: 0.68, 128: 0.85, 256: 1.42}  # on an H100
 NARROW_TOKENS = 16
-_WIDE = 14  # its place among the arguments
 NO_FASTER = "bf16 would be about as fast, or faster"
 DENSE_TOKENS = 512  # from here unpacking once is cheaper than unpacking in every tile of tokens
 
@@ -278,19 +277,23 @@ def describe(*args) -> str:
     return _configuration(_Problem(operand, t, residual, residual_scale, channel_scale, up_scale, dtype))["kernel"]
 
 
-def remark(*args) -> str | None:
+def remark(
+    operand, operand_scale, t, residual, residual_scale=None, channel_scale=None, up=None, up_scale=None, bias=None,
+    addend=None, dtype=None, down=None, down_scale=None, defer_from=0, wide=None, wide_ratio=0.0,
+) -> str | None:  # fmt: skip
     """Where bf16 weights would not be slower, on an H200: with 16-bit activations both do the same multiply-adds; with
     integers on small layers, at a few tokens more than a power of two, most of the last tile is empty, and 4-bit ones
     (``wide`` is there) cost their prologue more."""
-    operand, residual = args[0], args[3]
-    t, weights = operand.numel() // operand.shape[-1], residual.numel() * 2
+    tokens, weights = operand.numel() // operand.shape[-1], residual.numel() * 2
+    below = triton.next_power_of_2(tokens) // 2
     if operand.dtype in _HALVES:
-        return NO_FASTER if t >= (64 if weights <= 2**24 else 256) else None
-    if weights <= 2**24 and len(args) > _WIDE and args[_WIDE] is not None:
-        return NO_FASTER if 64 < t <= 640 else None
-    below = (1 << max(0, t - 1).bit_length()) // 2
-    slow = 64 <= below <= 512 if weights <= 2**25 else below == 256 and weights <= 2**26
-    return NO_FASTER if slow and 4 * t <= 5 * below else None
+        slow = tokens >= (64 if weights <= 2**24 else 256)
+    elif wide is not None and weights <= 2**24:
+        slow = 64 < tokens <= 640
+    else:
+        on_layer = 64 <= below <= 512 if weights <= 2**25 else below == 256 and weights <= 2**26
+        slow = on_layer and 4 * tokens <= 5 * below
+    return NO_FASTER if slow else None
 
 
 def _configuration(p: _Problem) -> Mapping:

@@ -43,7 +43,7 @@ def _apply(operation: str, a, b=None, c=None, d=None):
         return a >> b
     if operation in ("mul.lo.u32", "mad.lo.u32"):
         product = np.asarray(a, np.uint64) * np.asarray(b, np.uint64)
-        return (product + np.uint64(0 if c is None else 1) * np.asarray(0 if c is None else c, np.uint64)) % 2**32
+        return (product if c is None else product + c) % 2**32
     if operation == "lop3.b32":
         return _lop3(a, b, c, int(d))
     if operation == "prmt.b32":

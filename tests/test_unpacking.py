@@ -6,12 +6,11 @@ import torch
 from ptx import pair, run, words
 
 pytest.importorskip("triton")
-gemv = pytest.importorskip("tqcompile.kernels.gemv_codes")
-lattice_gemv = pytest.importorskip("tqcompile.kernels.lattice_gemv")
-skinny = pytest.importorskip("tqcompile.kernels.lattice_skinny")
-wgmma = pytest.importorskip("tqcompile.kernels.lattice_wgmma")
-tiles = pytest.importorskip("tqcompile.kernels.wgmma_tiles")
-twin_linear = pytest.importorskip("tqcompile.kernels.twin_linear")
+from tqcompile.kernels import gemv_codes as gemv
+from tqcompile.kernels import lattice_gemv, twin_linear
+from tqcompile.kernels import lattice_skinny as skinny
+from tqcompile.kernels import lattice_wgmma as wgmma
+from tqcompile.kernels import wgmma_tiles as tiles
 
 COUNT = 4096
 DTYPES = {"bf16x2": torch.bfloat16, "f16x2": torch.float16}
