@@ -35,6 +35,8 @@ _ROW_PROGRAMS = 128  # programs that fill the GPU; more would only repeat more w
 _MOST_ROWS = {True: 32, False: 16}  # tokens up to which the repeated work costs less than a second launch, of words,
 _MOST_REPEATED = {True: 2**18, False: 2**17}  # if their values are no more than this
 _LEAST_APART = 8 * 8192  # values of all tokens from which programs that share a token gain, where they can
+# That, as many programs as gain, and their warps, for K above 8192: with more warps lattice_linear begins later.
+_APART_OF_LONG_ROWS = (3 * 8192, 256, 2)
 
 
 @triton.jit
@@ -235,8 +237,10 @@ def choose_plan(t: int, k: int, rank: int, group: int, block: int, act_bits: int
     # Rows of one group, where no rotation asks for another width: one scale a row.
     columns = block or min(128, group & -group)
     rows = max(16, triton.next_power_of_2(-(-k // columns)))  # 16 rows are the smallest matrix of a dot
-    if apart and rank == 0 and t * k > _LEAST_APART and t * (rows // 16) <= _ROW_PROGRAMS:
-        return Plan(-(-k // (16 * columns)), 0, 1, 16, columns, 4)
+    if apart and rank == 0:
+        least, most, few = (_LEAST_APART, _ROW_PROGRAMS, 4) if k <= 8192 else _APART_OF_LONG_ROWS
+        if t * k > least and t * (rows // 16) <= most:
+            return Plan(-(-k // (16 * columns)), 0, 1, 16, columns, few)
     warps = 4 if rows * columns <= 2048 else 8 if rows * columns <= 8192 else 16
     words = _in_words(k, group, columns, act_bits)
     if rank == 0 or ((t > _MOST_ROWS[words] or t * k > _MOST_REPEATED[words]) and group % 64 == 0):
