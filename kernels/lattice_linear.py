@@ -42,6 +42,7 @@ UNIT = 128  # columns of K that the skinny form takes at a time
 PLAIN_TOKENS = 16  # up to this many x is read as it is
 DENSE_TOKENS = 128  # beyond this many the weights are written out,
 WGMMA_TOKENS = 1024  # where the wgmma form can run beyond this many
+MANY_ROWS = 8192
 MAX_OFFSET = 4
 # (tokens of a tile, programs a multiprocessor) -> microseconds of a K step of a tile of 128 rows. On an H200, 2 bits.
 STEP_US = {(32, 1): 0.61, (64, 1): 0.62, (128, 1): 0.81, (256, 1): 1.3, (32, 2): 1.0, (64, 2): 1.05}
@@ -82,7 +83,7 @@ def unsupported(x, codes, scale, zero, offset, bias, bits) -> str | None:
 
 
 def describe(x, codes, scale, zero, offset, bias, bits) -> str:
-    """Which form :func:`launch` takes: "skinny", "fused", or "dense" (weights written out, then cuBLAS)."""
+    """Which form :func:`launch` takes: "gemv", "skinny", "wgmma", "fused", or "dense" (weights written out, cuBLAS)."""
     k = x.shape[-1]
     t, group = x.numel() // k, k // scale.shape[1]
     whole = GLUON and not INTERPRET and x.dtype in (torch.float16, torch.bfloat16) and group % UNIT == 0
@@ -90,10 +91,13 @@ def describe(x, codes, scale, zero, offset, bias, bits) -> str:
         cut = choose_gemv(scale.shape[0], k, bits)
         if gemv_bytes(k, cut, bits) <= SHARED_BYTES:
             return "gemv"
-    if whole and t <= SKINNY_TOKENS:
-        return "skinny"
     hopper = x.is_cuda and _gpu(x.device.index).major == 9
-    if whole and hopper and t <= WGMMA_TOKENS and scale.dtype == x.dtype and scale.shape[0] % 8 == 0:
+    wgmma = whole and hopper and t <= WGMMA_TOKENS and scale.dtype == x.dtype and scale.shape[0] % 8 == 0
+    # More than 8 tokens, zero points and many rows: the skinny form is short of registers (40 us where wgmma takes 34).
+    crowded = t > 8 and bits == 2 and zero is not None and scale.shape[0] >= MANY_ROWS
+    if whole and t <= SKINNY_TOKENS and not (wgmma and crowded):
+        return "skinny"
+    if wgmma:
         return "wgmma"
     return "dense" if t > DENSE_TOKENS else "fused"
 
@@ -102,7 +106,7 @@ def remark(x, codes, scale, zero, offset, bias, bits) -> str | None:
     """Where bf16 weights would not be slower: both do the same multiply-adds, these unpack too. On an H200."""
     k = x.shape[-1]
     small = scale.shape[0] * k < 2**25
-    return NO_FASTER if x.numel() // k >= (64 if small else 256) else None
+    return NO_FASTER if x.numel() // k >= (64 if small or bits == 3 else 256) else None
 
 
 class Gemv(NamedTuple):
@@ -153,20 +157,18 @@ class Skinny(NamedTuple):
     registers: int | None = None
 
 
-def choose_skinny(t: int, n: int, k: int, bits: int, sms: int = 132) -> Skinny:
-    """The configuration for T tokens, by rule. Fitted to an H200: two tiles of rows share what x costs, and where there
-    are programs enough for it, two of them on a multiprocessor are worth a few registers kept in memory. With K above
-    8192 there is one: 2 bits leave registers for 16 warps of it, 3 bits do not."""
+def choose_skinny(t: int, n: int, k: int, bits: int, zero: bool, sms: int = 132) -> Skinny:
+    """The configuration for T tokens, by rule. Fitted to an H200: two tiles of rows share what x costs, where there are
+    rows enough for it. With K above 8192 there is one program a multiprocessor, and only codes of 2 bits without zero
+    points leave registers for 16 warps of it."""
     wide = n > 32 * sms
-    if k > 8192 and t <= 8:
-        return Skinny(2, 1, 16, 1) if bits == 2 else Skinny(2, 1, 8, 2)
     if k > 8192:
-        return Skinny(2, 1, 8, 1 if bits == 2 else 2)
-    if t <= 8 and bits == 3 and wide and n <= 64 * sms:
-        return Skinny(2, 1, 4, 4)
+        return Skinny(2, 1, 16, 1) if t <= 8 and bits == 2 and not zero else Skinny(2, 1, 8, 2)
+    if t <= 8 and wide:
+        return Skinny(2, 1, 8, 4, 128 if bits == 2 else None)
     if t <= 8:
-        return Skinny(2, 1, 8, 4, 128) if wide else Skinny(1, 1, 8, 4)
-    return Skinny(2, 1, 4 if wide else 8, 4)
+        return Skinny(1, 1, 8, 4, 128) if t <= 4 else Skinny(2, 1, 16, 2)
+    return Skinny(2, 1, 4, 4) if wide else Skinny(2, 1, 8, 1 if bits == 2 else 4)
 
 
 class Wgmma(NamedTuple):
@@ -253,7 +255,9 @@ def _skinny(x, weights, n, k, bias, options, tile) -> torch.Tensor:
     codes, scale, zero, offset = weights
     bits, group = options["BITS"], options["GROUP"]
     gpu = _gpu(x.device.index)
-    row_tiles, row_warps, k_warps, unroll, registers = tile or choose_skinny(t, n, k, bits, gpu.multi_processor_count)
+    row_tiles, row_warps, k_warps, unroll, registers = tile or choose_skinny(
+        t, n, k, bits, options["HAS_ZERO"], gpu.multi_processor_count
+    )
     y = torch.empty(t, n, dtype=x.dtype, device=x.device)
     # Programmatic dependent launch: this kernel starts, and loads its first codes, before the one in front has ended.
     dependent = gpu.major >= 9

@@ -13,61 +13,18 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from tqcompile.kernels.gluon_common import grid_release, grid_wait, load_live
+from tqcompile.kernels.skinny_codes import codes_of_word, permute, row_words
 from tqcompile.kernels.twin_skinny import _mma_float, _words, finish_tiles, shared_sums, split_columns
-
-
-def _pairs(bits: int, pair: str, one: int, bases: tuple[int, int, int]) -> gl.constexpr:
-    """PTX: a word of 16 low codes in $8 (their high bits in $9: of 0 to 7 in the low byte, of the others from bit 16
-    on) -> codes i and i + 8 in $i, two floats. Under the exponent of a base, a code reads base + code where its lowest
-    bit is worth 1: at bits 0, 2 and 4 for three bases, so a shift serves three pairs. The fma leaves the code."""
-    lines = ["{ .reg .b32 a, b, h, one, n0, n1, n2; shr.u32 a, $8, 6; shr.u32 b, $8, 12;"]
-    lines.append(f"mov.b32 one, {one * 0x10001:#x};")
-    lines += [f"mov.b32 n{place}, {base * 0x10001 | 0x80008000:#x};" for place, base in enumerate(bases)]
-    for i in range(8):
-        place, word = i % 3, ("$8", "a", "b")[i // 3]
-        lines.append(f"lop3.b32 ${i}, {word}, {(3 << 2 * place) * 0x10001:#x}, {bases[place] * 0x10001:#x}, 0xEA;")
-        if bits == 3:
-            left = 2 * place + 2 - i
-            lines.append(f"shl.b32 h, $9, {left};" if left >= 0 else f"shr.u32 h, $9, {-left};")
-            lines.append(f"lop3.b32 ${i}, h, {(4 << 2 * place) * 0x10001:#x}, ${i}, 0xEA;")
-        lines.append(f"fma.rn.{pair} ${i}, ${i}, one, n{place};")
-    return gl.constexpr(" ".join([*lines, "}"]))
-
-
-_BF16 = ("bf16x2", 0x3F80, (0x4300, 0x4200, 0x4100))  # 1; 128, 32, 8
-_FP16 = ("f16x2", 0x3C00, (0x6400, 0x5C00, 0x5400))  # 1; 1024, 256, 64
-_BF16_2, _BF16_3, _FP16_2, _FP16_3 = (_pairs(bits, *form) for form in (_BF16, _FP16) for bits in (2, 3))
-_OUTPUTS = gl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r")
-
-
-@gluon.jit
-def _permute(a, b, ORDER: gl.constexpr):
-    """Four of the eight bytes of a and b."""
-    asm: gl.constexpr = f"prmt.b32 $0, $1, $2, {ORDER};"
-    return gl.inline_asm_elementwise(asm, "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _codes(word, high, BITS: gl.constexpr, FLOAT: gl.constexpr):
-    """Codes i and i + 8 of a word, two floats, for i = 0 to 7."""
-    if gl.bfloat16 == FLOAT:
-        asm: gl.constexpr = _BF16_2 if BITS == 2 else _BF16_3
-    else:
-        asm: gl.constexpr = _FP16_2 if BITS == 2 else _FP16_3
-    return gl.inline_asm_elementwise(
-        asm, _OUTPUTS, [word, high],
-        dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
-    )  # fmt: skip
 
 
 @gluon.jit
 def _paired(r):
     """16 values of x in order, two a register -> values i and i + 8 in register i."""
     return (
-        _permute(r[0], r[4], 0x5410), _permute(r[0], r[4], 0x7632),
-        _permute(r[1], r[5], 0x5410), _permute(r[1], r[5], 0x7632),
-        _permute(r[2], r[6], 0x5410), _permute(r[2], r[6], 0x7632),
-        _permute(r[3], r[7], 0x5410), _permute(r[3], r[7], 0x7632),
+        permute(r[0], r[4], 0x5410), permute(r[0], r[4], 0x7632),
+        permute(r[1], r[5], 0x5410), permute(r[1], r[5], 0x7632),
+        permute(r[2], r[6], 0x5410), permute(r[2], r[6], 0x7632),
+        permute(r[3], r[7], 0x5410), permute(r[3], r[7], 0x7632),
     )  # fmt: skip
 
 
@@ -121,6 +78,120 @@ def _x_of_unit(
     return found
 
 
+@gluon.jit
+def _totals(ones, pairs0, pairs1, c, FLOAT: gl.constexpr):
+    """c + the sums of a unit of x that its zero points or the offset need, as four values of a product."""
+    c = _mma_word(ones + ones, ones + ones, pairs0, c, FLOAT)
+    return _mma_word(ones + ones, ones + ones, pairs1, c, FLOAT)
+
+
+@gluon.jit
+def _whole(total, D: gl.constexpr):
+    """A total of all pieces of an offset: its rows hold the three, and nothing. Others are whole already."""
+    if D > 0:
+        t0, t1 = _sum_of_pieces(total[0]), _sum_of_pieces(total[1])
+        total = (t0, t1, t0, t1)
+    return total
+
+
+@gluon.jit
+def _scaled(c, total, old, sa, sb, za, zb, HAS_ZERO: gl.constexpr, D: gl.constexpr):
+    """old + scale * (c + what the zero point or the offset adds); a, b: of rows lane/4 and lane/4 + 8."""
+    c0, c1, c2, c3 = c
+    if D > 0:
+        c0, c1, c2, c3 = c0 + total[0], c1 + total[1], c2 + total[2], c3 + total[3]
+    elif HAS_ZERO:
+        c0, c1, c2, c3 = c0 + za * total[0], c1 + za * total[1], c2 + zb * total[2], c3 + zb * total[3]
+    return old[0] + c0 * sa, old[1] + c1 * sa, old[2] + c2 * sb, old[3] + c3 * sb
+
+
+@gluon.jit
+def _add_scaled(
+    c, total, old, scales, zeros, r: gl.constexpr, i: gl.constexpr, none,
+    ONE: gl.constexpr, ZERO_STEPS: gl.constexpr, HAS_ZERO: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
+    """old + the products c of unit i and row tile r, scaled; c itself, where a row has one scale."""
+    if not ONE:
+        sa = scales[2 * r][i].to(gl.float32)
+        sb = scales[2 * r + 1][i].to(gl.float32)
+        za, zb = none, none
+        if HAS_ZERO:
+            za = zeros[2 * r][i].to(gl.float32) * (-1.0 / ZERO_STEPS)
+            zb = zeros[2 * r + 1][i].to(gl.float32) * (-1.0 / ZERO_STEPS)
+        c = _scaled(c, total, old, sa, sb, za, zb, HAS_ZERO, D)
+    return c
+
+
+@gluon.jit
+def _unit_at_once(
+    ws, highs, scales, zeros, x, sums, totals, ones, i: gl.constexpr, layout: gl.constexpr,
+    TILES: gl.constexpr, RT: gl.constexpr, ONE: gl.constexpr, SHIFTED: gl.constexpr, ZERO_STEPS: gl.constexpr,
+    HAS_ZERO: gl.constexpr, BITS: gl.constexpr, D: gl.constexpr, FLOAT: gl.constexpr,
+):  # fmt: skip
+    """The sums of products, and of x, with unit i. All rows are unpacked first."""
+    none = gl.zeros([ws[0].shape[0], 32], gl.float32, layout)
+    rows = ()  # the codes of every row, word by word
+    for r in gl.static_range(2 * RT):
+        first, second = row_words(ws, highs, i * 2 * RT + r, layout, BITS)
+        rows = rows + (codes_of_word(first, BITS, TILES, FLOAT), codes_of_word(second, BITS, TILES, FLOAT))
+    new = ()
+    new_totals = ()
+    for j in gl.static_range(TILES):
+        pairs = (_paired(x[4 * j] + x[4 * j + 1]), _paired(x[4 * j + 2] + x[4 * j + 3]))
+        total = totals[j] if ONE else (none, none, none, none)
+        if SHIFTED:
+            total = _totals(ones, pairs[0], pairs[1], total, FLOAT)
+        new_totals = new_totals + (total,)
+        whole = total if ONE else _whole(total, D)
+        for r in gl.static_range(RT):
+            old = sums[j * RT + r]
+            c = old if ONE else (none, none, none, none)
+            for word in gl.static_range(2):
+                c = _mma_word(rows[4 * r + word], rows[4 * r + 2 + word], pairs[word], c, FLOAT)
+            new = new + (_add_scaled(c, whole, old, scales, zeros, r, i, none, ONE, ZERO_STEPS, HAS_ZERO, D),)
+    return new, new_totals
+
+
+@gluon.jit
+def _unit_by_words(
+    ws, highs, scales, zeros, x, sums, totals, ones, i: gl.constexpr, layout: gl.constexpr,
+    TILES: gl.constexpr, RT: gl.constexpr, ONE: gl.constexpr, SHIFTED: gl.constexpr, ZERO_STEPS: gl.constexpr,
+    HAS_ZERO: gl.constexpr, BITS: gl.constexpr, D: gl.constexpr, FLOAT: gl.constexpr,
+):  # fmt: skip
+    """As :func:`_unit_at_once`, each word of a row unpacked just before its products, which needs fewer registers."""
+    none = gl.zeros([ws[0].shape[0], 32], gl.float32, layout)
+    pairs = ()  # of every 8 tokens, word by word
+    products = ()
+    new_totals = ()
+    for j in gl.static_range(TILES):
+        of_low, of_high = _paired(x[4 * j] + x[4 * j + 1]), _paired(x[4 * j + 2] + x[4 * j + 3])
+        total = totals[j] if ONE else (none, none, none, none)
+        if SHIFTED:
+            total = _totals(ones, of_low, of_high, total, FLOAT)
+        pairs = pairs + (of_low, of_high)
+        new_totals = new_totals + (total,)
+        for r in gl.static_range(RT):
+            products = products + (sums[j * RT + r] if ONE else (none, none, none, none),)
+    for word in gl.static_range(2):
+        after = ()
+        for r in gl.static_range(RT):
+            a = codes_of_word(row_words(ws, highs, 2 * (i * RT + r), layout, BITS)[word], BITS, TILES, FLOAT)
+            b = codes_of_word(row_words(ws, highs, 2 * (i * RT + r) + 1, layout, BITS)[word], BITS, TILES, FLOAT)
+            for j in gl.static_range(TILES):
+                after = after + (_mma_word(a, b, pairs[2 * j + word], products[j * RT + r], FLOAT),)
+        products = ()
+        for j in gl.static_range(TILES):
+            for r in gl.static_range(RT):
+                products = products + (after[r * TILES + j],)
+    new = ()
+    for j in gl.static_range(TILES):
+        whole = new_totals[j] if ONE else _whole(new_totals[j], D)
+        for r in gl.static_range(RT):
+            c, old = products[j * RT + r], sums[j * RT + r]
+            new = new + (_add_scaled(c, whole, old, scales, zeros, r, i, none, ONE, ZERO_STEPS, HAS_ZERO, D),)
+    return new, new_totals
+
+
 @gluon.jit(do_not_specialize=["T"])
 def lattice_skinny(
     x, codes, scale, zero, offset, bias, y, T, N,
@@ -138,6 +209,8 @@ def lattice_skinny(
     EDGE: gl.constexpr = OWN * KS > U  # the last warps have fewer
     ONE: gl.constexpr = GROUP_UNITS == U  # one scale a row: applied at the end
     SHIFTED: gl.constexpr = HAS_ZERO or D > 0
+    # Measured: with 3 bits and more than 8 tokens a third faster at once, with 2 bits up to 15 % faster by words.
+    unit: gl.constexpr = _unit_at_once if BITS == 3 and TILES > 1 else _unit_by_words
     KW: gl.constexpr = 4 * BITS * U
     of_x: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [WARPS, 1, 1], [2, 1, 0])  # (warps, lanes, words)
     of_w: gl.constexpr = gl.BlockedLayout([1, 1, 2], [1, 32, 1], [WARPS, 1, 1], [2, 1, 0])
@@ -226,38 +299,10 @@ def lattice_skinny(
                 now = ahead
                 if start + i + 1 < OWN:  # from L2 x takes as long as a unit of work
                     ahead = _x_of_unit(x, own3, lane3, word4, start + i + 1, flat, T, U, TILES, EDGE)
-                rows = ()  # the codes of every row, word by word
-                for r in gl.static_range(2 * RT):
-                    low0, low1 = split_columns(ws[i * 2 * RT + r], flat)
-                    high0, high1 = low0, low1
-                    if BITS == 3:
-                        high0 = _permute(highs[i * 2 * RT + r], 0 * low0, 0x4140)
-                        high1 = _permute(highs[i * 2 * RT + r], 0 * low0, 0x4342)
-                    rows = rows + (_codes(low0, high0, BITS, FLOAT), _codes(low1, high1, BITS, FLOAT))
-                new = ()
-                new_totals = ()
-                for j in gl.static_range(TILES):
-                    pairs = (_paired(now[4 * j] + now[4 * j + 1]), _paired(now[4 * j + 2] + now[4 * j + 3]))
-                    total = totals[j] if ONE else (none, none, none, none)
-                    if SHIFTED:
-                        total = _totals(ones, pairs[0], pairs[1], total, FLOAT)
-                    new_totals = new_totals + (total,)
-                    whole = total if ONE else _whole(total, D)
-                    for r in gl.static_range(RT):
-                        c = sums[j * RT + r] if ONE else (none, none, none, none)
-                        for half in gl.static_range(2):
-                            c = _mma_word(rows[4 * r + half], rows[4 * r + 2 + half], pairs[half], c, FLOAT)
-                        if not ONE:
-                            sa = scales[2 * r][i].to(gl.float32)
-                            sb = scales[2 * r + 1][i].to(gl.float32)
-                            za, zb = none, none
-                            if HAS_ZERO:
-                                za = zeros[2 * r][i].to(gl.float32) * (-1.0 / ZERO_STEPS)
-                                zb = zeros[2 * r + 1][i].to(gl.float32) * (-1.0 / ZERO_STEPS)
-                            c = _scaled(c, whole, sums[j * RT + r], sa, sb, za, zb, HAS_ZERO, D)
-                        new = new + (c,)
-                sums = new
-                totals = new_totals
+                sums, totals = unit(
+                    ws, highs, scales, zeros, now, sums, totals, ones, i, flat,
+                    TILES, RT, ONE, SHIFTED, ZERO_STEPS, HAS_ZERO, BITS, D, FLOAT,
+                )  # fmt: skip
     tiles = ()
     for j in gl.static_range(TILES):
         for r in gl.static_range(RT):
@@ -272,30 +317,3 @@ def lattice_skinny(
                 c = _scaled(c, _whole(totals[j], D), (none, none, none, none), sa, sb, za, zb, HAS_ZERO, D)
             tiles = tiles + (c,)
     finish_tiles(tiles, rooms, n0, bias, y, y, T, N, RT * TILES, RT, RW, KS, HAS_BIAS, False)
-
-
-@gluon.jit
-def _totals(ones, pairs0, pairs1, c, FLOAT: gl.constexpr):
-    """c + the sums of a unit of x that its zero points or the offset need, as four values of a product."""
-    c = _mma_word(ones + ones, ones + ones, pairs0, c, FLOAT)
-    return _mma_word(ones + ones, ones + ones, pairs1, c, FLOAT)
-
-
-@gluon.jit
-def _whole(total, D: gl.constexpr):
-    """A total of all pieces of an offset: its rows hold the three, and nothing. Others are whole already."""
-    if D > 0:
-        t0, t1 = _sum_of_pieces(total[0]), _sum_of_pieces(total[1])
-        total = (t0, t1, t0, t1)
-    return total
-
-
-@gluon.jit
-def _scaled(c, total, old, sa, sb, za, zb, HAS_ZERO: gl.constexpr, D: gl.constexpr):
-    """old + scale * (c + what the zero point or the offset adds); a, b: of rows lane/4 and lane/4 + 8."""
-    c0, c1, c2, c3 = c
-    if D > 0:
-        c0, c1, c2, c3 = c0 + total[0], c1 + total[1], c2 + total[2], c3 + total[3]
-    elif HAS_ZERO:
-        c0, c1, c2, c3 = c0 + za * total[0], c1 + za * total[1], c2 + zb * total[2], c3 + zb * total[3]
-    return old[0] + c0 * sa, old[1] + c1 * sa, old[2] + c2 * sb, old[3] + c3 * sb

@@ -41,29 +41,37 @@ def _unpack(bits: int, pair: str, mode: str) -> gl.constexpr:
     A code under the exponent of a base reads base + code where its lowest bit is worth 1.
     """
     middle = ((1 << bits) - 1) / 2
-    if pair == "bf16x2":  # base 4 or 8, the code in the highest bits of the mantissa
-        place, top, low, base = (5, 0x40, 0x80, 4.0) if bits == 2 else (4, 0x41, 0, 8.0)
-    else:  # base 1024, the code in the lowest
-        place, top, low, base = 0, 0x64, 0, 1024.0
+    if bits == 3:  # the code in bits 4 to 6
+        place, top, low, base = (4, 0x41, 0, 8.0) if pair == "bf16x2" else (4, 0x54, 0, 64.0)
+    else:  # in the highest bits of the mantissa, or in the lowest
+        place, top, low, base = (5, 0x40, 0x80, 4.0) if pair == "bf16x2" else (0, 0x64, 0, 1024.0)
     half = {"bf16x2": _bf16, "f16x2": _fp16}[pair]
 
     def shifted(out: str, word: str, left: int) -> str:
         return f"shl.b32 {out}, {word}, {left};" if left > 0 else f"shr.u32 {out}, {word}, {-left};"
 
-    lines = ["{ .reg .b32 u, h, t, one, top, add, mid, none;"]
+    lines = ["{ .reg .b32 u, h, t, e, o, one, top, add, mid, none;"]
     lines.append(f"mov.b32 one, {half(1.0):#x}; mov.b32 top, {top * 0x01010101:#x}; mov.b32 none, 0x80008000;")
     early = mode == "zero" and pair == "bf16x2" and bits == 2  # the zero point goes with the base
     both = mode == "offset" and pair == "bf16x2"  # base and middle in one number; in fp16 that has too many bits
     lines.append(f"mov.b32 add, {half(-(base + middle) if both else -base):#x}; mov.b32 mid, {half(-middle):#x};")
     if bits == 3:  # the second byte of a row has its bits in the high nibble
         lines.append("shr.u32 t, $9, 4; and.b32 t, t, 0x0F000F00; lop3.b32 t, $9, 0x000F000F, t, 0xEA;")
+        # Those of planes 2 and 3 go 2 up, by a multiply-add; then planes 0 and 2 in the nibbles of e, 1 and 3 in those
+        # of o, whose fourth bits are anything.
+        lines.append("and.b32 h, t, 0x0C0C0C0C; mad.lo.u32 t, h, 3, t;")
+        lines.append("mul.lo.u32 h, t, 4; lop3.b32 e, $8, h, 0x33333333, 0xE4;")
+        lines.append("mul.lo.u32 h, t, 2; shr.u32 o, $8, 2; lop3.b32 o, o, h, 0x33333333, 0xE4;")
     for i in range(4):
         first, second = 2 * i, 2 * i + 1
-        lines.append(shifted("u", "$8", place - 2 * i))
-        lines.append(f"lop3.b32 u, u, {(3 << place) * 0x01010101:#x}, {low * 0x01010101:#x}, 0xEA;")
         if bits == 3:
-            lines.append(shifted("h", "t", place + 2 - i))
-            lines.append(f"lop3.b32 u, h, {(4 << place) * 0x01010101:#x}, u, 0xEA;")
+            word = "eo"[i % 2]
+            if i < 2:
+                lines.append(f"mul.lo.u32 u, {word}, 16;")
+            lines.append(f"and.b32 u, {'u' if i < 2 else word}, 0x70707070;")
+        else:
+            lines.append(shifted("u", "$8", place - 2 * i))
+            lines.append(f"lop3.b32 u, u, {(3 << place) * 0x01010101:#x}, {low * 0x01010101:#x}, 0xEA;")
         lines.append(f"prmt.b32 ${first}, u, top, 0x4140; prmt.b32 ${second}, u, top, 0x4342;")
         for row, out in enumerate((first, second)):
             lines.append(f"fma.rn.{pair} ${out}, ${out}, one, {f'${12 + row}' if early else 'add'};")

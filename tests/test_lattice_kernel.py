@@ -76,8 +76,8 @@ def test_a_tile_fits_every_shape(t, n, k, group):
     ("n", "k"), [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (40, 128), (57344, 8192), (8, 384)]
 )
 def test_the_forms_for_hopper_have_room_for_what_the_rules_choose(n, k):
-    for t, bits in itertools.product((1, 7, 9, 16), (2, 3)):
-        cut = kernel.choose_skinny(t, n, k, bits)
+    for t, bits, zero in itertools.product((1, 3, 7, 9, 16), (2, 3), (True, False)):
+        cut = kernel.choose_skinny(t, n, k, bits, zero)
         assert cut.row_warps * cut.k_warps in (4, 8, 16)
         vector, own = kernel.warp_share(k // 128, cut.k_warps, cut.unroll, True)
         assert own * cut.k_warps >= k // 128
@@ -106,11 +106,15 @@ def test_refusals_name_the_reason():
         assert reason in kernel.unsupported(*wrong)
 
 
-@pytest.mark.parametrize(("n", "k", "first"), [(28672, 4096, 256), (4096, 14336, 256), (6144, 4096, 64)])
-def test_where_bf16_would_not_be_slower_the_report_says_so(n, k, first):
-    codes, scale = torch.empty(n, k // 4, dtype=torch.uint8, device="meta"), torch.empty(n, k // 128, device="meta")
+@pytest.mark.parametrize(
+    ("n", "k", "bits", "first"),
+    [(28672, 4096, 2, 256), (4096, 14336, 2, 256), (6144, 4096, 2, 64), (28672, 4096, 3, 64), (6144, 4096, 3, 64)],
+)
+def test_where_bf16_would_not_be_slower_the_report_says_so(n, k, bits, first):
+    codes = torch.empty(n, k * bits // 8, dtype=torch.uint8, device="meta")
+    scale = torch.empty(n, k // 128, device="meta")
     for t in (1, first - 1, first, 8192):
-        found = kernel.remark(torch.empty(t, k, dtype=BF16, device="meta"), codes, scale, None, None, None, 2)
+        found = kernel.remark(torch.empty(t, k, dtype=BF16, device="meta"), codes, scale, None, None, None, bits)
         assert (found is not None) == (t >= first)
 
 

@@ -8,8 +8,8 @@ from ptx import pair, run, words
 pytest.importorskip("triton")
 from tqcompile.kernels import gemv_codes as gemv
 from tqcompile.kernels import lattice_gemv, twin_linear
-from tqcompile.kernels import lattice_skinny as skinny
 from tqcompile.kernels import lattice_wgmma as wgmma
+from tqcompile.kernels import skinny_codes as skinny
 from tqcompile.kernels import wgmma_tiles as tiles
 
 COUNT = 4096
@@ -75,10 +75,10 @@ def test_nibbles_times_a_group_scale_become_floats(asm, dtype, middle, rng):
     assert np.array_equal(found.double().numpy(), expected)
 
 
-@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize(("bits", "form"), [(2, "2"), (3, "3"), (3, "3_SPREAD")])
 @pytest.mark.parametrize("dtype", ["bf16x2", "f16x2"])
-def test_codes_of_the_skinny_form_become_pairs(bits, dtype, rng):
-    asm = getattr(skinny, f"_{NAMES[dtype]}_{bits}").value
+def test_codes_of_the_skinny_form_become_pairs(bits, form, dtype, rng):
+    asm = getattr(skinny, f"_{NAMES[dtype]}_{form}").value
     low, high = random_words(rng), random_words(rng) & 0xFFFF
     found = run(asm, 8, [low, apart(high)])
     expected = codes(low, high, bits)
