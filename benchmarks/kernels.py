@@ -7,8 +7,9 @@ One run: for every layer shape and number of tokens ``prologue`` and ``twin_gemm
 kernels. A time of ours includes the activation quantization and the low-rank component. Times are of CUDA graphs of
 one call per weight copy; together the copies exceed the L2 cache, so every call reads its weights from memory, as in
 a model. What is compared takes turns, so it meets one clock. From 8192 tokens on, where the GPU lowers its clock to
-stay within its power limit, each also runs alone for a second: at its own clock, as in a long prefill. The shape of a
-70B model is checked and not timed.
+stay within its power limit, each also runs alone for a second, at its own clock, as in a long prefill, and for 50 ms
+after half a second of rest (the median of three), as a prompt that comes to an idle GPU. The shape of a 70B model is
+checked and not timed.
 """
 
 import argparse
@@ -271,7 +272,9 @@ def measure(name: str, tokens: tuple, options) -> list[dict]:
             if options.alone and t >= ALONE_TOKENS:
                 whole = {key: timers[key] for key in ("bf16", *row["error_over_bound"])}
                 row["alone_us"] = tuner.times_alone(whole, options.alone)
-                row["alone_ratio_to_bf16"] = ratios(row["alone_us"])
+                row["rested_us"] = tuner.times_alone(whole, 0.05, pause=0.5, rounds=3)
+                for how in ("alone", "rested"):
+                    row[f"{how}_ratio_to_bf16"] = ratios(row[f"{how}_us"])
         rows.append(row)
     return rows
 
@@ -343,7 +346,7 @@ def parse(arguments: list[str] | None):
     parser.add_argument("--head", action="store_true", help="also an output head with 8-bit weights")
     parser.add_argument("--rank", type=int, default=64, help="0: no low-rank component")
     parser.add_argument(
-        "--alone", type=float, default=1.0, metavar="SECONDS", help="of each from 8192 tokens on; 0: none"
+        "--alone", type=float, default=1.0, metavar="SECONDS", help="of each from 8192 tokens on; 0: also no rest"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only tries the script")
     options = parser.parse_args(arguments)
@@ -385,9 +388,10 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     print(" ".join(f"{key}={value}" for key, value in about.items()))
     print("microseconds (speed over bf16); every row passed its error bound first")
     print(table(rows))
-    alone = [{**r, "us": r["alone_us"], "ratio_to_bf16": r["alone_ratio_to_bf16"]} for r in rows if "alone_us" in r]
-    if alone:
-        print(f"each alone for {options.alone:g} s\n{table(alone)}")
+    for how, what in (("alone", f"for {options.alone:g} s"), ("rested", "for 50 ms after a rest")):
+        found = [r | {key: r[f"{how}_{key}"] for key in ("us", "ratio_to_bf16")} for r in rows if f"{how}_us" in r]
+        if found:
+            print(f"each alone {what}\n{table(found)}")
     return rows
 
 

@@ -246,6 +246,18 @@ def test_alone_only_the_second_half_counts(monkeypatch):
     assert tuner.times_alone(one, seconds=0.0) == {"one": 3000.0}
 
 
+def test_alone_after_a_pause_every_round_begins_rested(monkeypatch):
+    events = []
+    monkeypatch.setattr(tuner.time, "sleep", lambda seconds: events.append(seconds))
+
+    def timer(name, values):
+        return (lambda: events.append(name) or values.pop(0), 2)
+
+    timers = {"one": timer("one", [1.0, 9.0, 2.0]), "two": timer("two", [4.0, 3.0, 8.0])}
+    assert tuner.times_alone(timers, 0.0, pause=0.5, rounds=3) == {"one": 1000.0, "two": 2000.0}
+    assert events == [0.5, "one", 0.5, "two"] * 3
+
+
 def tuned(candidates, problem=None, t=5) -> tuner.Outcome:
     problem, kernel = problem or Problem(48, 256, 8), Kernel()
 

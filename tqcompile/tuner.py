@@ -264,16 +264,21 @@ def times_in_turns(timers: Mapping[str, tuple[Callable[[], float], int]], budget
     return {key: statistics.median(found[key]) * 1e3 / count for key, (_, count) in timers.items()}
 
 
-def times_alone(timers: Mapping[str, tuple[Callable[[], float], int]], seconds: float) -> dict[str, float]:
-    """As :func:`times_in_turns`, but each timer runs alone for so many seconds, and the second half of them counts:
-    large products at the clock that the GPU gives each of them in the long run."""
-    found = {}
-    for key, (once, count) in timers.items():
-        times, start = [once()], time.perf_counter()
-        while time.perf_counter() - start < seconds:
-            times.append(once())
-        found[key] = statistics.median(times[len(times) // 2 :]) * 1e3 / count
-    return found
+def times_alone(
+    timers: Mapping[str, tuple[Callable[[], float], int]], seconds: float, pause: float = 0.0, rounds: int = 1
+) -> dict[str, float]:
+    """As :func:`times_in_turns`, but each timer runs alone for so many seconds, after a pause of so many, and the
+    second half of them counts; the median of the rounds. Large products have clocks of their own: long runs the one
+    that the GPU's power limit leaves to each, short runs after a pause the one of a GPU at rest."""
+    found = {key: [] for key in timers}
+    for _ in range(rounds):
+        for key, (once, count) in timers.items():
+            time.sleep(pause)
+            times, start = [once()], time.perf_counter()
+            while time.perf_counter() - start < seconds:
+                times.append(once())
+            found[key].append(statistics.median(times[len(times) // 2 :]) * 1e3 / count)
+    return {key: statistics.median(values) for key, values in found.items()}
 
 
 def twin_gemm_arguments(problem: Problem, tokens: int, seed: int, device: str = "cuda") -> tuple:
