@@ -209,7 +209,7 @@ def lattice_skinny(
     EDGE: gl.constexpr = OWN * KS > U  # the last warps have fewer
     ONE: gl.constexpr = GROUP_UNITS == U  # one scale a row: applied at the end
     SHIFTED: gl.constexpr = HAS_ZERO or D > 0
-    # Measured: with 3 bits and more than 8 tokens a third faster at once, with 2 bits up to 15 % faster by words.
+    # On an H200, 28672 x 4096, 16 tokens, 3 bits: 38 us at once, 48 by words. With 2 bits words save up to 13 %.
     unit: gl.constexpr = _unit_at_once if BITS == 3 and TILES > 1 else _unit_by_words
     KW: gl.constexpr = 4 * BITS * U
     of_x: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [WARPS, 1, 1], [2, 1, 0])  # (warps, lanes, words)

@@ -19,7 +19,7 @@ def _pairs(bits: int, pair: str, one: int, bases: tuple[int, int, int], spread: 
     spread: 3 bits with a quarter less of logic, through a chain of multiply-adds and more registers.
     """
     lines = [".reg .b32 a, b, h, t, e, o, one, n0, n2, n4;"]
-    if bits == 3 and not spread:  # at 2 bits each just before its use: ptxas schedules both better so
+    if bits == 3 and not spread:  # at 2 bits each just before its use: as measured
         lines.append("shr.u32 a, $8, 6; shr.u32 b, $8, 12;")
     lines.append(f"mov.b32 one, {one * 0x10001:#x};")
     lines += [f"mov.b32 n{2 * i}, {base * 0x10001 | 0x80008000:#x};" for i, base in enumerate(bases)]
