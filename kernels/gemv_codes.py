@@ -5,7 +5,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from tqcompile.kernels.gluon_common import load_live
+from tqcompile.kernels.gluon_common import async_load, load_live
 
 _LOW = gl.constexpr("{ .reg .b32 s; and.b32 $0, $4, 0x03030303; and.b32 $1, $4, 0x0C0C0C0C; shr.u32 s, $4, 4; "
                     "and.b32 $2, s, 0x03030303; and.b32 $3, s, 0x0C0C0C0C; }")  # fmt: skip
@@ -67,9 +67,9 @@ def room(W: gl.constexpr, WORDS: gl.constexpr):
 @gluon.jit
 def _copy(room, at, live, MASKED: gl.constexpr):
     if MASKED:
-        async_copy.async_copy_global_to_shared(room, at, mask=live)
+        async_load(room, at, mask=live)
     else:
-        async_copy.async_copy_global_to_shared(room, at)
+        async_load(room, at)
 
 
 @gluon.jit

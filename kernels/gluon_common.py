@@ -1,7 +1,16 @@
-"""What the Gluon kernels share: loads at the edge of a tensor, and programmatic dependent launch."""
+"""What the Gluon kernels share: names that Triton's releases have changed, loads at the edge of a tensor, and
+programmatic dependent launch."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+# Triton 3.6 has the names that come second; 3.7 has `barrier`, 3.8 the others too, and 3.9 only these.
+thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # of a program, or of one of its parts
+tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+async_load = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 
 
 @gluon.jit

@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from tqcompile.kernels.gemv_codes import arrived, ask_for, load_codes, room, twice, unpack
-from tqcompile.kernels.gluon_common import grid_release, grid_wait, load_live
+from tqcompile.kernels.gluon_common import grid_release, grid_wait, load_live, thread_barrier
 from tqcompile.kernels.twin_skinny import split_columns, store_output
 
 _MMA = gl.constexpr(
@@ -334,7 +334,7 @@ def lattice_gemv(
     rooms = gl.allocate_shared_memory(gl.float32, [RT, KS, 64 * RW], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     for i in gl.static_range(RT):
         rooms.index(i).store(gl.reshape(gl.join(_of_lanes(sums[2 * i]), _of_lanes(sums[2 * i + 1])), [KS, 64 * RW]))
-    gl.thread_barrier()
+    thread_barrier()
     across: gl.constexpr = gl.BlockedLayout([KS, 1], [1, 32], [1, W], [1, 0])
     at = gl.arange(0, 64 * RW, gl.SliceLayout(0, across))
     for i in gl.static_range(RT):

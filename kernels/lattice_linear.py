@@ -34,7 +34,7 @@ try:
     from tqcompile.kernels.run_wgmma import of_tokens
 
     GLUON = True
-except ImportError:  # Gluon is experimental: a Triton release may move it
+except (ImportError, AttributeError):  # Gluon is experimental: a Triton release may move or rename it
     GLUON = False
 
 SKINNY_TOKENS = 16

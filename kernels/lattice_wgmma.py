@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from tqcompile.kernels.gluon_common import grid_release, grid_wait
+from tqcompile.kernels.gluon_common import grid_release, grid_wait, thread_barrier, tma_load
 from tqcompile.kernels.wgmma_tiles import ROWS, add_parts, advance, halves, item_at, items_of, store_y, tile_at
 
 
@@ -141,14 +141,14 @@ def _copy_tiles(
             mbarrier.wait(empty.index(slot), phase)
             bar = full.index(slot)
             mbarrier.expect(bar, ROWS * 32 + 4 * BM * 32 * 2)
-            tma.async_copy_global_to_shared(w_desc, [n0, step * 32], bar, ws.index(2 * slot))
-            tma.async_copy_global_to_shared(w_desc, [n0 + 64, step * 32], bar, ws.index(2 * slot + 1))
+            tma_load(w_desc, [n0, step * 32], bar, ws.index(2 * slot))
+            tma_load(w_desc, [n0 + 64, step * 32], bar, ws.index(2 * slot + 1))
             if PDL:
                 if (i == 0) & (step == begin):  # the weights do not depend on the kernel before, x does
                     grid_wait(step)
             for plane in gl.static_range(4):
                 at = plane * (K // 4) + step * 32
-                tma.async_copy_global_to_shared(x_desc, [m0, at], bar, xs.index(4 * slot + plane))
+                tma_load(x_desc, [m0, at], bar, xs.index(4 * slot + plane))
             slot, phase = advance(slot, phase, STAGES)
 
 
@@ -242,7 +242,7 @@ def _multiply(
             pieces = (y,) if PIECES == 1 else halves(y)
             for j in gl.static_range(PIECES):
                 tma.store_wait(0)
-                gl.thread_barrier()
+                thread_barrier()
                 store_y(pieces[j], y_own, y_desc, m0 + j * (BM // PIECES), n0)
     tma.store_wait(0)
 

@@ -42,7 +42,7 @@ try:
     from tqcompile.kernels.twin_skinny import twin_skinny
 
     GLUON_REASON = None
-except ImportError as error:  # Gluon is experimental: a Triton release may move it
+except (ImportError, AttributeError) as error:  # Gluon is experimental: a Triton release may move or rename it
     GLUON_REASON = f"this Triton's Gluon cannot be imported ({error})"
 
 SHARED_BYTES = 227 * 1024  # of a Hopper multiprocessor

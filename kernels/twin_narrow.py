@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from tqcompile.kernels.gluon_common import grid_release, grid_wait
+from tqcompile.kernels.gluon_common import grid_release, grid_wait, thread_barrier, tma_load
 from tqcompile.kernels.wgmma_tiles import (
     ROWS,
     add_parts,
@@ -63,14 +63,14 @@ def _copy_tiles(
             bar = full.index(slot)
             mbarrier.expect(bar, (ROWS + 2 * BM) * BYTES)
             if of_t:
-                tma.async_copy_global_to_shared(d_desc, [n0, step * BYTES], bar, ws.index(slot))
+                tma_load(d_desc, [n0, step * BYTES], bar, ws.index(slot))
             else:
-                tma.async_copy_global_to_shared(w_desc, [n0, step * BYTES], bar, ws.index(slot))
+                tma_load(w_desc, [n0, step * BYTES], bar, ws.index(slot))
             if PDL:
                 if (i == 0) & (step == begin):  # the weights do not depend on the kernel before, x and t do
                     grid_wait(step)
-            tma.async_copy_global_to_shared(from_desc, [m0, step * BYTES], bar, xs.index(2 * slot))
-            tma.async_copy_global_to_shared(from_desc, [m0, K // 2 + step * BYTES], bar, xs.index(2 * slot + 1))
+            tma_load(from_desc, [m0, step * BYTES], bar, xs.index(2 * slot))
+            tma_load(from_desc, [m0, K // 2 + step * BYTES], bar, xs.index(2 * slot + 1))
             slot, phase = advance(slot, phase, STAGES)
         if R > 0:
             if i >= own_low:
@@ -189,9 +189,9 @@ def _multiply(
         if HAS_ADDEND:
             # It waits where y will stand; the store of the tile before has been read by now.
             tma.store_wait(0)
-            gl.thread_barrier()
+            thread_barrier()
             mbarrier.expect(a_bar, BM * 64 * 2)
-            tma.async_copy_global_to_shared(a_desc, [m0, n0], a_bar, y_own)
+            tma_load(a_desc, [m0, n0], a_bar, y_own)
 
         mbarrier.wait(full.index(slot), phase)  # when x is there, so is its scale
         token = m0 + gl.arange(0, BM, gl.SliceLayout(0, mma))
@@ -235,7 +235,7 @@ def _multiply(
                 y += y_own.permute((1, 0)).load(mma).to(gl.float32)
             else:
                 tma.store_wait(0)
-            gl.thread_barrier()
+            thread_barrier()
             store_y(y, y_own, y_desc, m0, n0)
         elif HAS_ADDEND:
             mbarrier.wait(a_bar, a_phase)

@@ -9,7 +9,7 @@ share rows, in a fixed order. Group scales are applied to the fp32 sum of each g
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from tqcompile.kernels.gluon_common import grid_release, grid_wait, load_live
+from tqcompile.kernels.gluon_common import grid_release, grid_wait, load_live, thread_barrier
 from tqcompile.kernels.twin_linear import BF16_NIBBLES, FP16_NIBBLES
 
 _MMA = "mma.sync.aligned.m16n8k{}.row.col.{}.{}.{}.{} {{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {{$8,$9}}, {{$10,$11,$12,$13}};"
@@ -144,7 +144,7 @@ def finish_tiles(
         for i in gl.static_range(COUNT):  # 16 bytes a lane, no two of them in one bank
             v0, v1, v2, v3 = tiles[i]
             rooms.index(i).store(gl.reshape(gl.join(gl.join(v0, v2), gl.join(v1, v3)), [KS, RW * 128]))
-        gl.thread_barrier()
+        thread_barrier()
         across: gl.constexpr = gl.BlockedLayout([KS, 1], [1, 32], [1, RW * KS], [1, 0])
         at = gl.arange(0, RW * 128, gl.SliceLayout(0, across))
         for i in gl.static_range(COUNT):

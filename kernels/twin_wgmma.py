@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from tqcompile.kernels.gluon_common import grid_release, grid_wait
+from tqcompile.kernels.gluon_common import grid_release, grid_wait, thread_barrier, tma_load
 from tqcompile.kernels.wgmma_down import multiply_down
 from tqcompile.kernels.wgmma_tiles import (
     ROWS,
@@ -80,16 +80,16 @@ def _copy_tiles(
             x_bytes: gl.constexpr = 2 * BM * 64 * (x_desc.dtype.primitive_bitwidth // 8)
             if of_t:
                 mbarrier.expect(bar, 64 * 64 + x_bytes)
-                tma.async_copy_global_to_shared(d_desc, [n0, step * 64], bar, ws.index(2 * slot))
+                tma_load(d_desc, [n0, step * 64], bar, ws.index(2 * slot))
             else:
                 mbarrier.expect(bar, ROWS * 64 + x_bytes)
-                tma.async_copy_global_to_shared(w_desc, [n0, step * 64], bar, ws.index(2 * slot))
-                tma.async_copy_global_to_shared(w_desc, [n0 + 64, step * 64], bar, ws.index(2 * slot + 1))
+                tma_load(w_desc, [n0, step * 64], bar, ws.index(2 * slot))
+                tma_load(w_desc, [n0 + 64, step * 64], bar, ws.index(2 * slot + 1))
             if PDL:
                 if (i == 0) & (step == begin):  # the weights do not depend on the kernel before, x and t do
                     grid_wait(step)
-            tma.async_copy_global_to_shared(from_desc, [m0, step * 64], bar, xs.index(2 * slot))
-            tma.async_copy_global_to_shared(from_desc, [m0, K // 2 + step * 64], bar, xs.index(2 * slot + 1))
+            tma_load(from_desc, [m0, step * 64], bar, xs.index(2 * slot))
+            tma_load(from_desc, [m0, K // 2 + step * 64], bar, xs.index(2 * slot + 1))
             slot, phase = advance(slot, phase, STAGES)
         if R > 0:
             if i >= own_low:
@@ -184,9 +184,9 @@ def _multiply(
         if HAS_ADDEND:
             # The addend's first piece waits where y will stand; the store of the tile before has been read by now.
             tma.store_wait(0)
-            gl.thread_barrier()
+            thread_barrier()
             mbarrier.expect(a_bar, PIECE * 64 * 2)
-            tma.async_copy_global_to_shared(a_desc, [m_y, n0], a_bar, y_own)
+            tma_load(a_desc, [m_y, n0], a_bar, y_own)
 
         if EARLY:
             c, up_s, u = of_rows(n0, last, last16, channel, up, up_scale, N, R)
@@ -275,15 +275,15 @@ def _multiply(
                 if HAS_ADDEND:
                     if j > 0:
                         tma.store_wait(0)
-                        gl.thread_barrier()
+                        thread_barrier()
                         mbarrier.expect(a_bar, PIECE * 64 * 2)
-                        tma.async_copy_global_to_shared(a_desc, [m_y + j * PIECE, n0], a_bar, y_own)
+                        tma_load(a_desc, [m_y + j * PIECE, n0], a_bar, y_own)
                     mbarrier.wait(a_bar, a_phase)
                     a_phase ^= 1
                     y += y_own.permute((1, 0)).load(y.type.layout).to(gl.float32)
                 else:
                     tma.store_wait(0)
-                gl.thread_barrier()
+                thread_barrier()
                 store_y(y, y_own, y_desc, m_y + j * PIECE, n0)
         elif HAS_ADDEND:
             mbarrier.wait(a_bar, a_phase)

@@ -3,7 +3,9 @@ operand, the sum of a tile's parts, hand-over of t between programs of one launc
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
+
+from tqcompile.kernels.gluon_common import thread_barrier, tma_load, tma_store
 
 ROWS = gl.constexpr(128)  # of a tile
 BAND = gl.constexpr(8)  # token tiles that run together, so that they share weights and x in the L2 cache
@@ -179,7 +181,7 @@ def add_parts(acc, first, part, parts, partials, counter, STEP: gl.constexpr, BM
     at = gl.arange(0, 64 * WIDTH, flat.type.layout)
     partials = partials.to(gl.pointer_type(acc.dtype), bitcast=True)
     gl.store(partials + (first + STEP * part).to(gl.int64) * PLACE + at, flat)
-    gl.thread_barrier()  # all stores come before the one thread's release
+    thread_barrier()  # all stores come before the one thread's release
     is_last = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == parts - 1
     if is_last:
         if acc.dtype != gl.int32:  # in one order; integers need none, and keep their own part in registers
@@ -215,7 +217,7 @@ def exchange_parts(
             mine = flat
         else:
             gl.store(partials + own + j * 64 * WIDTH + at, flat)
-    gl.thread_barrier()  # all stores come before the one thread's release
+    thread_barrier()  # all stores come before the one thread's release
     gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
     _await(counter, SHARES)
     theirs = partials + (2 * first + HALF).to(gl.int64) * PLACE + part * 64 * WIDTH
@@ -257,7 +259,7 @@ def give_t(total, m, r, x_scale, t, counter, T, R: gl.constexpr, INT: gl.constex
     at = gl.expand_dims(m * R, 0) + gl.expand_dims(r % 2 * (R // 2) + r // 2, 1)
     gl.store(t + at, total.to(t.dtype.element_ty), mask=gl.expand_dims(m < T, 0) & gl.expand_dims(r < R, 1))
     _async_proxy(counter)
-    gl.thread_barrier()  # all stores come before the one thread's release
+    thread_barrier()  # all stores come before the one thread's release
     gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
 
 
@@ -273,8 +275,8 @@ def copy_t(t_desc, ts, m, full, empty, phase, TOKENS: gl.constexpr, R: gl.conste
     """Both planes of t of TOKENS tokens from m on, when the tile before needs what is in ts no more."""
     mbarrier.wait(empty, phase)
     mbarrier.expect(full, TOKENS * R * 2)
-    tma.async_copy_global_to_shared(t_desc, [m, 0], full, ts.index(0))
-    tma.async_copy_global_to_shared(t_desc, [m, R // 2], full, ts.index(1))
+    tma_load(t_desc, [m, 0], full, ts.index(0))
+    tma_load(t_desc, [m, R // 2], full, ts.index(1))
 
 
 @gluon.jit
@@ -291,5 +293,5 @@ def store_y(y, y_own, y_desc, m, n):
     """y (64, tokens) to rows m .. and columns n .. of y_desc, through y_own, which nobody reads any more."""
     y_own.permute((1, 0)).store(y.to(y_desc.dtype))
     fence_async_shared()
-    gl.thread_barrier()
-    tma.async_copy_shared_to_global(y_desc, [m, n], y_own)
+    thread_barrier()
+    tma_store(y_desc, [m, n], y_own)
