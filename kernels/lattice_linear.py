@@ -33,9 +33,9 @@ try:
     from tqcompile.kernels.lattice_wgmma import lattice_wgmma
     from tqcompile.kernels.run_wgmma import of_tokens
 
-    GLUON = True
-except (ImportError, AttributeError):  # Gluon is experimental: a Triton release may move or rename it
-    GLUON = False
+    GLUON_REASON = None
+except (ImportError, AttributeError) as error:  # Gluon is experimental: a Triton release may move or rename it
+    GLUON_REASON = f"this Triton's Gluon cannot be imported ({error})"
 
 SKINNY_TOKENS = 16
 UNIT = 128  # columns of K that the skinny form takes at a time
@@ -86,7 +86,7 @@ def describe(x, codes, scale, zero, offset, bias, bits) -> str:
     """Which form :func:`launch` takes: "gemv", "skinny", "wgmma", "fused", or "dense" (weights written out, cuBLAS)."""
     k = x.shape[-1]
     t, group = x.numel() // k, k // scale.shape[1]
-    whole = GLUON and not INTERPRET and x.dtype in (torch.float16, torch.bfloat16) and group % UNIT == 0
+    whole = GLUON_REASON is None and not INTERPRET and x.dtype in (torch.float16, torch.bfloat16) and group % UNIT == 0
     if whole and t == 1:
         cut = choose_gemv(scale.shape[0], k, bits)
         if gemv_bytes(k, cut, bits) <= SHARED_BYTES:
@@ -103,10 +103,11 @@ def describe(x, codes, scale, zero, offset, bias, bits) -> str:
 
 
 def remark(x, codes, scale, zero, offset, bias, bits) -> str | None:
-    """Where bf16 weights would not be slower: both do the same multiply-adds, these unpack too. On an H200."""
+    """Where bf16 weights would not be slower: both do the same multiply-adds, these unpack too. On an H200. First of
+    all, why the forms for Hopper are missing, if they are."""
     k = x.shape[-1]
     small = scale.shape[0] * k < 2**25
-    return NO_FASTER if x.numel() // k >= (64 if small or bits == 3 else 256) else None
+    return GLUON_REASON or (NO_FASTER if x.numel() // k >= (64 if small or bits == 3 else 256) else None)
 
 
 class Gemv(NamedTuple):

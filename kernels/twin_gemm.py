@@ -283,7 +283,7 @@ def remark(
 ) -> str | None:  # fmt: skip
     """Where bf16 weights would not be slower, on an H200: with 16-bit activations both do the same multiply-adds; with
     integers on small layers, at a few tokens more than a power of two, most of the last tile is empty, and 4-bit ones
-    (``wide`` is there) cost their prologue more."""
+    (``wide`` is there) cost their prologue more. First of all, why the forms for Hopper are missing, if they are."""
     tokens, weights = operand.numel() // operand.shape[-1], residual.numel() * 2
     below = triton.next_power_of_2(tokens) // 2
     if operand.dtype in _HALVES:
@@ -293,7 +293,7 @@ def remark(
     else:
         on_layer = 64 <= below <= 512 if weights <= 2**25 else below == 256 and weights <= 2**26
         slow = on_layer and 4 * tokens <= 5 * below
-    return NO_FASTER if slow else None
+    return GLUON_REASON or (NO_FASTER if slow else None)
 
 
 def _configuration(p: _Problem) -> Mapping:

@@ -8,6 +8,7 @@ from lattice_bounds import CASES, random_arguments, worst
 
 pytest.importorskip("triton")
 from tqcompile.kernels import lattice_linear as kernel
+from tqcompile.kernels import twin_gemm
 from tqcompile.ops.lattice_linear import lattice_linear_reference
 
 pytestmark = [
@@ -116,6 +117,15 @@ def test_where_bf16_would_not_be_slower_the_report_says_so(n, k, bits, first):
     for t in (1, first - 1, first, 8192):
         found = kernel.remark(torch.empty(t, k, dtype=BF16, device="meta"), codes, scale, None, None, None, bits)
         assert (found is not None) == (t >= first)
+
+
+@pytest.mark.parametrize("module", [kernel, twin_gemm])
+def test_without_gluon_the_report_says_so(module, monkeypatch):
+    monkeypatch.setattr(module, "GLUON_REASON", "this Triton's Gluon cannot be imported (no name)")
+    x, codes = torch.empty(1, 256, dtype=BF16), torch.empty(8, 64, dtype=torch.uint8)
+    scale = torch.empty(8, 2, dtype=BF16)
+    arguments = (x, codes, scale, None, None, None, 2) if module is kernel else (x, None, None, codes)
+    assert module.remark(*arguments) == module.GLUON_REASON
 
 
 def test_the_warps_of_the_gemv_form_share_every_unit():
