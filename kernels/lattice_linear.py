@@ -20,11 +20,11 @@ import triton
 from tqcompile.kernels.lattice_tile import lattice_tile, write_planes, write_weights
 from tqcompile.kernels.spare_rows import empty_with_spare_rows
 from tqcompile.kernels.split_counters import split_counters
-from tqcompile.kernels.twin_gemm import NO_FASTER, SHARED_BYTES, fastest_split, warp_share
+from tqcompile.kernels.twin_gemm import GLUON_REASON, NO_FASTER, SHARED_BYTES, fastest_split, warp_share
 from tqcompile.kernels.twin_linear import FLOATS, INTERPRET, Tile, _gpu, device_reason
 from tqcompile.ops.lattice_linear import ZERO_STEPS
 
-try:
+if GLUON_REASON is None:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -32,10 +32,6 @@ try:
     from tqcompile.kernels.lattice_skinny import lattice_skinny
     from tqcompile.kernels.lattice_wgmma import lattice_wgmma
     from tqcompile.kernels.run_wgmma import of_tokens
-
-    GLUON_REASON = None
-except (ImportError, AttributeError) as error:  # Gluon is experimental: a Triton release may move or rename it
-    GLUON_REASON = f"this Triton's Gluon cannot be imported ({error})"
 
 SKINNY_TOKENS = 16
 UNIT = 128  # columns of K that the skinny form takes at a time

@@ -95,41 +95,65 @@ def _whole(total, D: gl.constexpr):
 
 
 @gluon.jit
-def _scaled(c, total, old, sa, sb, za, zb, HAS_ZERO: gl.constexpr, D: gl.constexpr):
-    """old + scale * (c + what the zero point or the offset adds); a, b: of rows lane/4 and lane/4 + 8."""
+def _scaled(
+    c, total, old, scale_a, scale_b, zero_a, zero_b, ZERO_STEPS: gl.constexpr, HAS_ZERO: gl.constexpr, D: gl.constexpr
+):
+    """old + scale * (c + what the zero point or the offset adds); a, b: of rows lane/4 and lane/4 + 8, as stored."""
+    sa, sb = scale_a.to(gl.float32), scale_b.to(gl.float32)
     c0, c1, c2, c3 = c
     if D > 0:
         c0, c1, c2, c3 = c0 + total[0], c1 + total[1], c2 + total[2], c3 + total[3]
     elif HAS_ZERO:
+        za, zb = zero_a.to(gl.float32) * (-1.0 / ZERO_STEPS), zero_b.to(gl.float32) * (-1.0 / ZERO_STEPS)
         c0, c1, c2, c3 = c0 + za * total[0], c1 + za * total[1], c2 + zb * total[2], c3 + zb * total[3]
     return old[0] + c0 * sa, old[1] + c1 * sa, old[2] + c2 * sb, old[3] + c3 * sb
 
 
 @gluon.jit
 def _add_scaled(
-    c, total, old, scales, zeros, r: gl.constexpr, i: gl.constexpr, none,
+    c, total, old, scales, zeros, r: gl.constexpr, i: gl.constexpr,
     ONE: gl.constexpr, ZERO_STEPS: gl.constexpr, HAS_ZERO: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """old + the products c of unit i and row tile r, scaled; c itself, where a row has one scale."""
     if not ONE:
-        sa = scales[2 * r][i].to(gl.float32)
-        sb = scales[2 * r + 1][i].to(gl.float32)
-        za, zb = none, none
-        if HAS_ZERO:
-            za = zeros[2 * r][i].to(gl.float32) * (-1.0 / ZERO_STEPS)
-            zb = zeros[2 * r + 1][i].to(gl.float32) * (-1.0 / ZERO_STEPS)
-        c = _scaled(c, total, old, sa, sb, za, zb, HAS_ZERO, D)
+        at = zeros if HAS_ZERO else scales
+        c = _scaled(
+            c,
+            total,
+            old,
+            scales[2 * r][i],
+            scales[2 * r + 1][i],
+            at[2 * r][i],
+            at[2 * r + 1][i],
+            ZERO_STEPS,
+            HAS_ZERO,
+            D,
+        )
     return c
+
+
+@gluon.jit
+def _pairs_and_total(
+    x, j: gl.constexpr, ones, totals, none,
+    ONE: gl.constexpr, HAS_ZERO: gl.constexpr, D: gl.constexpr, FLOAT: gl.constexpr,
+):  # fmt: skip
+    """x of 8 tokens of a unit, paired, word by word; its sums, with those before where a row has one scale."""
+    low, high = _paired(x[4 * j] + x[4 * j + 1]), _paired(x[4 * j + 2] + x[4 * j + 3])
+    total = totals[j] if ONE else none
+    if HAS_ZERO or D > 0:
+        total = _totals(ones, low, high, total, FLOAT)
+    return low, high, total
 
 
 @gluon.jit
 def _unit_at_once(
     ws, highs, scales, zeros, x, sums, totals, ones, i: gl.constexpr, layout: gl.constexpr,
-    TILES: gl.constexpr, RT: gl.constexpr, ONE: gl.constexpr, SHIFTED: gl.constexpr, ZERO_STEPS: gl.constexpr,
+    TILES: gl.constexpr, RT: gl.constexpr, ONE: gl.constexpr, ZERO_STEPS: gl.constexpr,
     HAS_ZERO: gl.constexpr, BITS: gl.constexpr, D: gl.constexpr, FLOAT: gl.constexpr,
 ):  # fmt: skip
     """The sums of products, and of x, with unit i. All rows are unpacked first."""
-    none = gl.zeros([ws[0].shape[0], 32], gl.float32, layout)
+    zero = gl.zeros([ws[0].shape[0], 32], gl.float32, layout)
+    none = (zero, zero, zero, zero)
     rows = ()  # the codes of every row, word by word
     for r in gl.static_range(2 * RT):
         first, second = row_words(ws, highs, i * 2 * RT + r, layout, BITS)
@@ -137,41 +161,37 @@ def _unit_at_once(
     new = ()
     new_totals = ()
     for j in gl.static_range(TILES):
-        pairs = (_paired(x[4 * j] + x[4 * j + 1]), _paired(x[4 * j + 2] + x[4 * j + 3]))
-        total = totals[j] if ONE else (none, none, none, none)
-        if SHIFTED:
-            total = _totals(ones, pairs[0], pairs[1], total, FLOAT)
+        low, high, total = _pairs_and_total(x, j, ones, totals, none, ONE, HAS_ZERO, D, FLOAT)
+        pairs = (low, high)
         new_totals = new_totals + (total,)
         whole = total if ONE else _whole(total, D)
         for r in gl.static_range(RT):
             old = sums[j * RT + r]
-            c = old if ONE else (none, none, none, none)
+            c = old if ONE else none
             for word in gl.static_range(2):
                 c = _mma_word(rows[4 * r + word], rows[4 * r + 2 + word], pairs[word], c, FLOAT)
-            new = new + (_add_scaled(c, whole, old, scales, zeros, r, i, none, ONE, ZERO_STEPS, HAS_ZERO, D),)
+            new = new + (_add_scaled(c, whole, old, scales, zeros, r, i, ONE, ZERO_STEPS, HAS_ZERO, D),)
     return new, new_totals
 
 
 @gluon.jit
 def _unit_by_words(
     ws, highs, scales, zeros, x, sums, totals, ones, i: gl.constexpr, layout: gl.constexpr,
-    TILES: gl.constexpr, RT: gl.constexpr, ONE: gl.constexpr, SHIFTED: gl.constexpr, ZERO_STEPS: gl.constexpr,
+    TILES: gl.constexpr, RT: gl.constexpr, ONE: gl.constexpr, ZERO_STEPS: gl.constexpr,
     HAS_ZERO: gl.constexpr, BITS: gl.constexpr, D: gl.constexpr, FLOAT: gl.constexpr,
 ):  # fmt: skip
     """As :func:`_unit_at_once`, each word of a row unpacked just before its products, which needs fewer registers."""
-    none = gl.zeros([ws[0].shape[0], 32], gl.float32, layout)
+    zero = gl.zeros([ws[0].shape[0], 32], gl.float32, layout)
+    none = (zero, zero, zero, zero)
     pairs = ()  # of every 8 tokens, word by word
     products = ()
     new_totals = ()
     for j in gl.static_range(TILES):
-        of_low, of_high = _paired(x[4 * j] + x[4 * j + 1]), _paired(x[4 * j + 2] + x[4 * j + 3])
-        total = totals[j] if ONE else (none, none, none, none)
-        if SHIFTED:
-            total = _totals(ones, of_low, of_high, total, FLOAT)
-        pairs = pairs + (of_low, of_high)
+        low, high, total = _pairs_and_total(x, j, ones, totals, none, ONE, HAS_ZERO, D, FLOAT)
+        pairs = pairs + (low, high)
         new_totals = new_totals + (total,)
         for r in gl.static_range(RT):
-            products = products + (sums[j * RT + r] if ONE else (none, none, none, none),)
+            products = products + (sums[j * RT + r] if ONE else none,)
     for word in gl.static_range(2):
         after = ()
         for r in gl.static_range(RT):
@@ -188,7 +208,7 @@ def _unit_by_words(
         whole = new_totals[j] if ONE else _whole(new_totals[j], D)
         for r in gl.static_range(RT):
             c, old = products[j * RT + r], sums[j * RT + r]
-            new = new + (_add_scaled(c, whole, old, scales, zeros, r, i, none, ONE, ZERO_STEPS, HAS_ZERO, D),)
+            new = new + (_add_scaled(c, whole, old, scales, zeros, r, i, ONE, ZERO_STEPS, HAS_ZERO, D),)
     return new, new_totals
 
 
@@ -208,7 +228,6 @@ def lattice_skinny(
     WARPS: gl.constexpr = RW * KS
     EDGE: gl.constexpr = OWN * KS > U  # the last warps have fewer
     ONE: gl.constexpr = GROUP_UNITS == U  # one scale a row: applied at the end
-    SHIFTED: gl.constexpr = HAS_ZERO or D > 0
     # On an H200, 28672 x 4096, 16 tokens, 3 bits: 38 us at once, 48 by words. With 2 bits words save up to 13 %.
     unit: gl.constexpr = _unit_at_once if BITS == 3 and TILES > 1 else _unit_by_words
     KW: gl.constexpr = 4 * BITS * U
@@ -301,19 +320,18 @@ def lattice_skinny(
                     ahead = _x_of_unit(x, own3, lane3, word4, start + i + 1, flat, T, U, TILES, EDGE)
                 sums, totals = unit(
                     ws, highs, scales, zeros, now, sums, totals, ones, i, flat,
-                    TILES, RT, ONE, SHIFTED, ZERO_STEPS, HAS_ZERO, BITS, D, FLOAT,
+                    TILES, RT, ONE, ZERO_STEPS, HAS_ZERO, BITS, D, FLOAT,
                 )  # fmt: skip
     tiles = ()
     for j in gl.static_range(TILES):
         for r in gl.static_range(RT):
             c = sums[j * RT + r]
             if ONE:
-                sa = gl.load(scale + row_at[2 * r]).to(gl.float32)
-                sb = gl.load(scale + row_at[2 * r + 1]).to(gl.float32)
-                za, zb = none, none
+                scale_a, scale_b = gl.load(scale + row_at[2 * r]), gl.load(scale + row_at[2 * r + 1])
+                zero_a, zero_b = scale_a, scale_b  # not read
                 if HAS_ZERO:
-                    za = gl.load(zero + row_at[2 * r]).to(gl.float32) * (-1.0 / ZERO_STEPS)
-                    zb = gl.load(zero + row_at[2 * r + 1]).to(gl.float32) * (-1.0 / ZERO_STEPS)
-                c = _scaled(c, _whole(totals[j], D), (none, none, none, none), sa, sb, za, zb, HAS_ZERO, D)
+                    zero_a, zero_b = gl.load(zero + row_at[2 * r]), gl.load(zero + row_at[2 * r + 1])
+                old, total = (none, none, none, none), _whole(totals[j], D)
+                c = _scaled(c, total, old, scale_a, scale_b, zero_a, zero_b, ZERO_STEPS, HAS_ZERO, D)
             tiles = tiles + (c,)
     finish_tiles(tiles, rooms, n0, bias, y, y, T, N, RT * TILES, RT, RW, KS, HAS_BIAS, False)

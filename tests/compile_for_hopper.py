@@ -72,14 +72,14 @@ def launch_all() -> None:
     ):
         problem = tuner.Problem(256, 1024, 32, 128, torch.int8)
         twin_gemm.launch(*tuner.twin_gemm_arguments(problem, tokens, 0, "cpu"), config=config)
-    for tokens, k, tile in (
-        (1, 1024, lattice_linear.Gemv(2, 1, 8, 1, 3)),
-        (3, 1024, lattice_linear.Skinny(1, 1, 8, 1)),
-        (40, 1024, lattice_linear.Wgmma(64, 2, 1)),
+    codes, scale = torch.empty(256, 1024 * 3 // 8, dtype=torch.uint8), torch.empty(256, 1024 // 128).bfloat16()
+    zero = torch.empty(scale.shape, dtype=torch.uint8)
+    for tokens, tile in (
+        (1, lattice_linear.Gemv(2, 1, 8, 1, 3)),
+        (3, lattice_linear.Skinny(1, 1, 8, 1)),
+        (40, lattice_linear.Wgmma(64, 2, 1)),
     ):
-        codes, scale = torch.empty(256, k * 3 // 8, dtype=torch.uint8), torch.empty(256, k // 128, dtype=torch.bfloat16)
-        zero = torch.empty(scale.shape, dtype=torch.uint8)
-        x = torch.empty(tokens, k, dtype=torch.bfloat16)
+        x = torch.empty(tokens, 1024, dtype=torch.bfloat16)
         lattice_linear.launch(x, codes, scale, zero, None, None, 3, tile=tile)
 
 
